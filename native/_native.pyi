@@ -1,0 +1,154 @@
+"""Types of the compiled core. Arrays are C-contiguous NumPy arrays (or anything exporting the buffer of one).
+
+Every call that may wait or do work releases the GIL. Wrong argument *shapes or dtypes* raise `TypeError` or
+`ValueError`; everything a peer or a request can cause comes back as a status number (`sidepool.wire.errors.Status`)
+or, for set-up calls, as `NativeError` with `.status` and a message.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+class NativeError(Exception):
+    """A set-up call failed. `args` is `(status, message)`."""
+
+WIRE_VERSION: Final[int]
+CLIENT_TIMING_FIELDS: Final[tuple[str, ...]]
+"""Names of the columns of a `timings` row: lane_out_ns, queue_ns, pool_ns, lane_back_ns, request_bytes, response_bytes."""
+
+def simd_level() -> str:
+    """The SIMD level in use: avx512, avx2, neon or scalar."""
+
+def simd_levels() -> list[str]:
+    """The levels this machine can run, best first."""
+
+def force_simd_level(level: str) -> None:
+    """Use `level` from now on in this process (tests and benchmarks); `NativeError` where it cannot run."""
+
+class TableSet:
+    """The tables and features one process serves under one plan epoch. Build it, `seal` it, then publish it.
+
+    Not thread-safe until sealed; immutable and safe to share afterwards. Owns its memory and mappings.
+    """
+
+    def __init__(self, epoch: int, tables: int, features: int) -> None: ...
+    def add_table_file(
+        self, table: int, path: str, offset: int, rows: int, dim: int, row_format: str, out_of_range: str, default_row: int
+    ) -> None:
+        """Map rows `[rows, dim]` at byte `offset` of a file, read-only; `NativeError` if the file is too short."""
+    def add_table_array(self, table: int, rows: NDArray[Any], out_of_range: str, default_row: int) -> None:
+        """Copy a float32 or float16 array `[rows, dim]` into huge pages."""
+    def add_feature(self, feature: int, table: int, pooling: str, weighted: bool) -> None: ...
+    def seal(self) -> None: ...
+    def promote(self) -> int:
+        """Copy every mapped table into anonymous memory with huge pages while serving goes on; returns bytes copied.
+
+        Run it once, from one background thread. Lookups use a table's copy from the moment it is complete.
+        """
+    @property
+    def epoch(self) -> int: ...
+    @property
+    def bytes(self) -> int:
+        """Row bytes held."""
+    @property
+    def huge_bytes(self) -> int:
+        """Row bytes that lie in anonymous (huge-page advised) memory."""
+
+def pool(tables: TableSet, feature: int, values: NDArray[np.int64], lengths: NDArray[np.int32],
+         weights: NDArray[np.float32] | None, out: NDArray[np.float32]) -> tuple[int, int, int, int]:
+    """Pool one feature into `out` (`[batch, dim]`; `[nnz, dim]` for `none`): `(status, reason, bag, id)`, zeros when OK."""
+
+class SidecarServer:
+    """The engines of a sidecar: native threads that own lanes and answer lookups. Thread-safe."""
+
+    def __init__(self, *, engines: int, spin_us: int, max_lanes: int, max_frame_bytes: int) -> None: ...
+    def publish(self, tables: TableSet) -> None:
+        """Serve `tables` from now on; lookups under another epoch are refused with status PLAN."""
+    def listen_unix(self, path: str) -> None:
+        """Accept shm lanes on a Unix socket (mode 0600). `NativeError` if the path is taken by a live listener."""
+    def listen_tcp(self, host: str, port: int) -> int:
+        """Accept tcp lanes; returns the bound port. `NativeError` names the address that is taken."""
+    def expect(self, token: bytes, lane: str, slots: int, request_bytes: int, response_bytes: int, ttl_s: float) -> None:
+        """Admit one lane (`shm` or `tcp`) that presents this 16-byte token within `ttl_s`. Slot sizes in bytes."""
+    def serve(self, frame: bytes) -> bytes:
+        """Answer one request frame in the calling thread (the grpc lane): the response piece frames, concatenated."""
+    def stats(self) -> dict[str, Any]:
+        """Counters since start, see `docs/metrics.md`: engines, lanes, tables, statuses, histograms."""
+    def drain(self) -> None:
+        """Refuse new lookups with status DRAINING from now on; those in flight finish."""
+    def in_flight(self) -> int:
+        """Subrequests queued or being served right now."""
+    def close(self) -> None:
+        """Close listeners and lanes, stop and join the engines. Idempotent."""
+
+class LookupClient:
+    """Routes lookups to lanes and merges what comes back. Thread-safe; any number of concurrent `lookup` calls.
+
+    One lane per sidecar, attached and replaced by the owner. Owns its slot buffers.
+    """
+
+    def __init__(
+        self, *, epoch: int, sidecars: int, spin_us: int, degrade: bool,
+        rows: NDArray[np.int64], dims: NDArray[np.int32], poolings: Sequence[str], weighted: Sequence[bool],
+        out_of_range: Sequence[str], sidecar_of_feature: NDArray[np.int32],
+    ) -> None:
+        """Everything is per feature, in plan order: rows and dim of its table, pooling, policy, holder."""
+    def set_fixed_columns(self, begins: NDArray[np.int32], widths: NDArray[np.int32]) -> None:
+        """Where each feature's ids lie in a fixed-width id matrix (see `lookup`). Default: feature f is column f."""
+    def attach_local(self, sidecar: int, tables: TableSet) -> None: ...
+    def attach_shm(self, sidecar: int, path: str, token: bytes, timeout_s: float) -> None:
+        """Connect an shm lane to the Unix socket `path`; replaces a dead lane. Raises `NativeError`."""
+    def attach_tcp(self, sidecar: int, host: str, port: int, token: bytes, timeout_s: float) -> None: ...
+    def attach_external(self, sidecar: int, slots: int, request_bytes: int, response_bytes: int) -> None:
+        """A lane whose frames Python carries (grpc): see `take` and `deliver`."""
+    def take(self, sidecar: int, timeout_s: float) -> tuple[int, bytes, int] | None:
+        """External lane: the next request `(ticket, frame, remaining budget in ns)`, or None after the timeout."""
+    def deliver(self, sidecar: int, ticket: int, frames: bytes | None, status: int) -> None:
+        """External lane: the response pieces for `ticket`, or a failure status. A late delivery is ignored."""
+    def detach(self, sidecar: int) -> None: ...
+    def lane_alive(self, sidecar: int) -> bool: ...
+    def wait_lane_lost(self, timeout_s: float) -> int:
+        """Wait until a lane dies; returns a sidecar without a live lane, -1 after the timeout, -2 once closed."""
+    def lookup(
+        self,
+        parts: Sequence[tuple[NDArray[np.int64], NDArray[np.int32] | None, NDArray[np.float32] | None]],
+        out: NDArray[np.float32],
+        sequences: Sequence[NDArray[np.float32]],
+        deadline_ns: int,
+        priority: int,
+        trace: bytes,
+        verdicts: NDArray[np.int64],
+        timings: NDArray[np.int64],
+    ) -> tuple[int, int]:
+        """Look all parts up in one go; blocks until done, refused or past the budget. GIL released throughout.
+
+        parts: jagged `(values [nnz], lengths [F*B] feature-major, weights [nnz] or None)`, or fixed-width
+          `(ids [B, W], None, None)`. The samples of all parts follow one another in the output.
+        out: `[ΣB, Σ dim]` of the pooled features, row-contiguous with any row stride; written in place.
+        sequences: one `[Σ nnz_f, dim]` array per `none` feature, in feature order.
+        deadline_ns: remaining budget in nanoseconds (relative), > 0. trace: 26 raw bytes of a W3C traceparent
+          (version 1, trace id 16, span id 8, flags 1), or empty.
+        verdicts: `[len(parts), 5]` written: status, reason (see `reason_text`), feature, bag, offending value.
+          A part that is refused has its output rows zeroed; the others are answered.
+        timings: `[1 + sidecars, 6]` written: row 0 is route_ns, wait_ns, merge_ns, total_ns, chunks, 0;
+          row 1 + s is `CLIENT_TIMING_FIELDS` for sidecar s (the slowest chunk's times, bytes summed).
+        Returns `(status, sidecar)`: status of the lookup as a whole (a failed sidecar's, else OK) and the sidecar at
+        fault or -1. Under `degrade` a lost sidecar's features are zero and `degraded()` names them.
+        """
+    def degraded(self, timings: NDArray[np.int64]) -> list[int]:
+        """Sidecars whose features were filled with zeros in the lookup that wrote `timings`."""
+    def stats(self) -> dict[str, Any]:
+        """Counters: lookups, per-lane sent/received frames and bytes, credit waits, lanes lost, statuses."""
+    def close(self) -> None:
+        """Close every lane; waiting lookups return TRANSPORT. Idempotent."""
+
+def reason_text(reason: int) -> str:
+    """A sentence template for a verdict's reason number, with {feature}, {bag} and {value} to fill in."""
+
+def crc32c(data: Any, seed: int = 0) -> int:
+    """CRC-32C of a contiguous buffer (bytes, memoryview, array), continuing from `seed`; GIL released."""
+
+def inspect_frame(frame: bytes) -> dict[str, Any]:
+    """Decode one request or response frame into plain data (golden tests, debugging); `NativeError` FRAME if invalid."""

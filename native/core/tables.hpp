@@ -1,0 +1,113 @@
+// The tables one process serves under one plan epoch, and pooling over them. No Python, no locks per lookup.
+#pragma once
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "status.hpp"
+
+namespace sidepool {
+
+enum class Pooling : uint8_t { sum = 0, mean = 1, max = 2, none = 3 };
+enum class RowFormat : uint8_t { fp32 = 0, fp16 = 1 };
+enum class OutOfRange : uint8_t { error = 0, zero = 1, default_row = 2, hash = 3 };
+
+Pooling parse_pooling(const std::string& name);          // Error(rejected) on an unknown name
+RowFormat parse_row_format(const std::string& name);
+OutOfRange parse_out_of_range(const std::string& name);
+
+constexpr size_t row_bytes(RowFormat format, int32_t dim) { return size_t(dim) * (format == RowFormat::fp32 ? 4 : 2); }
+
+// A table as the kernels see it. `base` may be replaced once (promotion into huge pages) while lookups run:
+// read it once per feature, with acquire.
+struct Table {
+  std::atomic<const std::byte*> base{nullptr};
+  int64_t rows = 0;
+  int32_t dim = 0;
+  RowFormat format = RowFormat::fp32;
+  OutOfRange policy = OutOfRange::error;
+  int64_t default_row = 0;
+};
+
+struct Feature {
+  int32_t table = -1;  // -1: not held here
+  Pooling pooling = Pooling::sum;
+  bool weighted = false;
+};
+
+// One feature of one subrequest. `values` and `lengths` may lie in memory a peer can still write: every word is
+// read once, checked, then used.
+struct BagInput {
+  const int64_t* values = nullptr;
+  int64_t value_count = 0;
+  const int32_t* lengths = nullptr;  // null: every bag has fixed_length ids
+  int32_t fixed_length = 1;
+  int32_t batch = 0;
+  const float* weights = nullptr;    // null: unweighted
+};
+
+struct PoolCounts {
+  int64_t rows_read = 0;
+  int64_t out_of_range = 0;
+};
+
+class TableSet {
+ public:
+  TableSet(int64_t epoch, int32_t tables, int32_t features);
+  ~TableSet();
+  TableSet(const TableSet&) = delete;
+  TableSet& operator=(const TableSet&) = delete;
+
+  void add_file(int32_t table, const std::string& path, int64_t offset, int64_t rows, int32_t dim, RowFormat format,
+                OutOfRange policy, int64_t default_row);
+  void add_copy(int32_t table, const void* data, int64_t rows, int32_t dim, RowFormat format, OutOfRange policy,
+                int64_t default_row);
+  void add_feature(int32_t feature, int32_t table, Pooling pooling, bool weighted);
+  void seal();
+  int64_t promote();
+
+  int64_t epoch() const { return epoch_; }
+  int64_t bytes() const;
+  int64_t huge_bytes() const;
+  int32_t table_count() const { return table_count_; }
+  int32_t feature_count() const { return int32_t(features_.size()); }
+  const Table& table(int32_t i) const { return tables_[i]; }
+  const Feature& feature(int32_t i) const { return features_[i]; }
+  bool sealed() const { return sealed_; }
+
+ private:
+  struct Region;  // one mapping: address, length, whether it is file-backed
+  int64_t epoch_;
+  int32_t table_count_;
+  std::unique_ptr<Table[]> tables_;
+  std::vector<Feature> features_;
+  std::vector<Region> regions_;
+  std::atomic<int64_t> huge_bytes_{0};
+  bool sealed_ = false;
+};
+
+// Pool one feature: `out` gets `[batch, dim]` fp32 rows `out_stride` floats apart (for `none`: `[value_count, dim]`).
+// Empty bags give zeros (torch's embedding_bag). Weights apply to sum and to mean (Σ w·row ÷ Σ w is NOT torch's: mean of
+// w·row over the count). Under policy `error` the first bad id stops with Status::rejected, id_out_of_range, bag, id.
+// Lengths that are negative or do not add up stop with Status::rejected as well; nothing outside `out` is ever written.
+Fault pool_feature(const Table& table, Pooling pooling, const BagInput& input, float* out, int64_t out_stride,
+                   PoolCounts& counts);
+
+// Start fetching the first rows of a feature that will be pooled next. Ids are checked; bad ones are skipped.
+void prefetch_feature(const Table& table, const BagInput& input);
+
+// The row an out-of-range id stands for under policy `hash`: the same function on every machine, for ever.
+int64_t hashed_row(int64_t id, int64_t rows);
+
+// SIMD levels: "avx512", "avx2", "neon", "scalar".
+std::string simd_level();
+std::vector<std::string> simd_levels();
+void force_simd_level(const std::string& level);  // Error(plan→ConfigError side) where it cannot run
+
+// CRC-32C (Castagnoli), hardware where there is some. `seed` is the CRC so far.
+uint32_t crc32c(const void* data, size_t bytes, uint32_t seed = 0);
+
+}  // namespace sidepool

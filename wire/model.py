@@ -1,0 +1,118 @@
+"""What partitioning writes for the ranker: `model.yaml`, beside `plan.yaml` and the programs it names.
+
+The three parts of a partitioned model: *index* (ids from the model's inputs, on the ranker's CPU), *lookups*
+(the plan's features) and *dense* (everything behind the pooled vectors).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from sidepool.wire.config import Frozen, dump_yaml, load_yaml
+from sidepool.wire.errors import PlanError
+from sidepool.wire.plan import MAX_FEATURES, Name, Plan
+
+PLAN_FILE = "plan.yaml"
+MODEL_FILE = "model.yaml"
+
+TensorName = Annotated[str, Field(min_length=1, max_length=256)]
+
+
+class TensorSpec(Frozen):
+    """A named input or output tensor. `shape` has -1 for the sizes that vary; the first -1 is the batch."""
+
+    name: TensorName
+    dtype: Literal["float32", "float16", "bfloat16", "float64", "int64", "int32", "bool"]
+    shape: tuple[int, ...]
+
+
+class FixedSource(Frozen):
+    """A feature with the same number of ids in every bag: columns `[begin, end)` of an id matrix `[batch, width]`.
+
+    `end - begin` ids per bag. An input of shape `[batch]` counts as one column.
+    """
+
+    kind: Literal["fixed"] = "fixed"
+    input: TensorName
+    begin: Annotated[int, Field(ge=0)]
+    end: Annotated[int, Field(ge=1)]
+
+
+class JaggedSource(Frozen):
+    """A feature in torch's EmbeddingBag form: `values [nnz]` and `offsets [batch]` (or `[batch + 1]`), int64."""
+
+    kind: Literal["jagged"] = "jagged"
+    values: TensorName
+    offsets: TensorName
+    include_last_offset: bool = False
+    weights: TensorName | None = None
+
+
+class FeatureSource(Frozen):
+    """Where the ids of one feature of the plan come from: inputs of the model or outputs of the index program."""
+
+    feature: Name
+    source: Annotated[FixedSource | JaggedSource, Field(discriminator="kind")]
+
+
+class IndexProgram(Frozen):
+    """Index arithmetic that is more than slicing columns: a `torch.export` program, run on the ranker's CPU."""
+
+    file: str
+    inputs: tuple[TensorName, ...]
+    outputs: tuple[TensorName, ...]
+    """Names under which `FeatureSource`s refer to the program's outputs."""
+
+
+class DenseProgram(Frozen):
+    """The dense half: a `torch.export` program over `(pooled [batch, Σ dim] fp32, *sequences, *inputs)`."""
+
+    file: str
+    sequences: tuple[Name, ...] = ()
+    """Features with pooling `none`, each given as `[batch, ids per bag, dim]`."""
+    inputs: tuple[TensorName, ...]
+
+
+class ModelSpec(Frozen):
+    """How a ranker turns the model's inputs into its outputs."""
+
+    version: Annotated[int, Field(ge=1, le=1)] = 1
+    name: Name
+    inputs: Annotated[tuple[TensorSpec, ...], Field(min_length=1)]
+    """The original model's inputs, flattened, in call order."""
+    features: Annotated[tuple[FeatureSource, ...], Field(min_length=1, max_length=MAX_FEATURES)]
+    """In plan order."""
+    index: IndexProgram | None = None
+    dense: DenseProgram
+    outputs: Annotated[tuple[TensorSpec, ...], Field(min_length=1)]
+
+    @property
+    def jagged(self) -> bool:
+        """Whether any feature has a varying number of ids per bag."""
+        return any(isinstance(f.source, JaggedSource) for f in self.features)
+
+
+def load_model(path: Path, plan: Plan) -> ModelSpec:
+    """Read `model.yaml` and check it against its plan; raises `PlanError`."""
+    model = load_yaml(path, ModelSpec, error=PlanError)
+    ours, theirs = [f.feature for f in model.features], [f.name for f in plan.features]
+    if ours != theirs:
+        raise PlanError(f"{path}: features: found {ours[:4]}…; allowed: exactly the plan's features in its order, {theirs[:4]}…")
+    known = {t.name for t in model.inputs} | set(model.index.outputs if model.index else ())
+    for i, feature in enumerate(model.features):
+        source = feature.source
+        names = [source.input] if isinstance(source, FixedSource) else [source.values, source.offsets, *filter(None, [source.weights])]
+        for name in names:
+            if name not in known:
+                raise PlanError(f"{path}: features.{i}.source: found {name!r}; allowed: {sorted(known)}")
+        if isinstance(source, FixedSource) and source.end <= source.begin:
+            raise PlanError(f"{path}: features.{i}.source.end: found {source.end}; allowed: above begin ({source.begin})")
+    return model
+
+
+def save_model(model: ModelSpec, path: Path) -> None:
+    """Write `model` as YAML."""
+    path.write_text(dump_yaml(model), encoding="utf-8")

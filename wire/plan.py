@@ -1,0 +1,205 @@
+"""The plan: the versioned map table → shards → sidecars that both ends of a lookup agree on.
+
+A plan is immutable. Positions in `tables`, `features` and `sidecars` are the indices that frames carry,
+so two ends may talk to each other only under the same epoch.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+from collections import Counter
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from sidepool.wire.config import Frozen, dump_yaml, load_yaml
+from sidepool.wire.errors import PlanError
+
+# One row must fit a cache-friendly scratch line; the widest published embedding (4096) is far below.
+MAX_DIM = 4096
+# Frames carry feature indices and batch sizes as 32-bit numbers; these bounds keep every product within 64 bits.
+MAX_FEATURES = 65_536
+MAX_ROWS = 1 << 48
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-/]{0,255}$")]
+
+
+class Pooling(enum.StrEnum):
+    """How the rows of a bag become its output (torch's embedding_bag modes; `none` returns the rows themselves)."""
+
+    SUM = "sum"
+    MEAN = "mean"
+    MAX = "max"
+    NONE = "none"
+
+
+class RowFormat(enum.StrEnum):
+    """How a row is stored."""
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+
+
+class OutOfRange(enum.StrEnum):
+    """What an id outside its table means. Every such id is counted, whatever the policy."""
+
+    ERROR = "error"
+    ZERO = "zero"
+    DEFAULT_ROW = "default_row"
+    HASH = "hash"
+
+
+class OnMissingShard(enum.StrEnum):
+    """What a lookup does when a sidecar it needs does not answer."""
+
+    FAIL = "fail"
+    DEGRADE = "degrade"
+
+
+class Table(Frozen):
+    """A logical embedding table `[rows, dim]`."""
+
+    name: Name
+    rows: Annotated[int, Field(ge=1, le=MAX_ROWS)]
+    dim: Annotated[int, Field(ge=1, le=MAX_DIM)]
+    row_format: RowFormat = RowFormat.FP32
+    out_of_range: OutOfRange = OutOfRange.ERROR
+    default_row: Annotated[int, Field(ge=0)] = 0
+    """The row that stands for an unknown id under `out_of_range: default_row`."""
+
+    @property
+    def row_bytes(self) -> int:
+        return self.dim * (4 if self.row_format is RowFormat.FP32 else 2)
+
+    @property
+    def bytes(self) -> int:
+        return self.rows * self.row_bytes
+
+
+class Feature(Frozen):
+    """A model input that looks a table up. Several features may share a table."""
+
+    name: Name
+    table: Name
+    pooling: Pooling = Pooling.SUM
+    weighted: bool = False
+    """Whether callers must give one float32 weight per id (`sum` and `mean` only)."""
+
+
+class Shard(Frozen):
+    """A row range `[begin, end)` and column range of one table, on one sidecar."""
+
+    table: Name
+    sidecar: Name
+    rows: tuple[int, int]
+    columns: tuple[int, int]
+
+
+class SidecarAddress(Frozen):
+    """Where the control plane (gRPC) of a sidecar listens."""
+
+    name: Name
+    address: Annotated[str, Field(pattern=r"^[^\s:]+:\d{1,5}$|^\[[0-9a-fA-F:]+\]:\d{1,5}$")]
+
+
+class Plan(Frozen):
+    """The whole map. `validate_plan` must have accepted it before it is used (`load_plan` does that)."""
+
+    version: Annotated[int, Field(ge=1, le=1)] = 1
+    epoch: Annotated[int, Field(ge=1, le=(1 << 63) - 1)]
+    model: Name
+    on_missing_shard: OnMissingShard = OnMissingShard.FAIL
+    tables: Annotated[tuple[Table, ...], Field(min_length=1, max_length=MAX_FEATURES)]
+    features: Annotated[tuple[Feature, ...], Field(min_length=1, max_length=MAX_FEATURES)]
+    sidecars: Annotated[tuple[SidecarAddress, ...], Field(min_length=1, max_length=4096)]
+    shards: Annotated[tuple[Shard, ...], Field(min_length=1)]
+
+    @cached_property
+    def table_index(self) -> dict[str, int]:
+        return {t.name: i for i, t in enumerate(self.tables)}
+
+    @cached_property
+    def sidecar_index(self) -> dict[str, int]:
+        return {s.name: i for i, s in enumerate(self.sidecars)}
+
+    @cached_property
+    def feature_tables(self) -> tuple[Table, ...]:
+        """The table of each feature, in feature order."""
+        return tuple(self.tables[self.table_index[f.table]] for f in self.features)
+
+    @cached_property
+    def sidecar_of_table(self) -> tuple[int, ...]:
+        """Index of the sidecar that holds each table, in table order (every table lies whole on one sidecar)."""
+        owner = {s.table: self.sidecar_index[s.sidecar] for s in self.shards}
+        return tuple(owner[t.name] for t in self.tables)
+
+    @cached_property
+    def out_columns(self) -> tuple[tuple[int, int], ...]:
+        """Column range `[begin, end)` of every feature in the pooled output `[batch, Σ dim]`; empty for `none`."""
+        ranges, at = [], 0
+        for feature, table in zip(self.features, self.feature_tables, strict=True):
+            width = 0 if feature.pooling is Pooling.NONE else table.dim
+            ranges.append((at, at + width))
+            at += width
+        return tuple(ranges)
+
+    @property
+    def out_dim(self) -> int:
+        """Σ dim over the pooled features: the width of the pooled output."""
+        return self.out_columns[-1][1]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over everything but addresses: two ends with the same epoch must also agree on this."""
+        content = self.model_dump_json(exclude={"sidecars": {"__all__": {"address"}}})
+        return hashlib.sha256(content.encode()).hexdigest()
+
+
+def load_plan(path: Path) -> Plan:
+    """Read and validate a plan; raises `PlanError`."""
+    plan = load_yaml(path, Plan, error=PlanError)
+    validate_plan(plan, where=str(path))
+    return plan
+
+
+def save_plan(plan: Plan, path: Path) -> None:
+    """Write `plan` as YAML."""
+    path.write_text(dump_yaml(plan), encoding="utf-8")
+
+
+def validate_plan(plan: Plan, *, where: str = "plan") -> None:
+    """Check what types alone cannot: names exist once, references resolve, every table is covered exactly once."""
+    for kind, names in (
+        ("tables", [t.name for t in plan.tables]),
+        ("features", [f.name for f in plan.features]),
+        ("sidecars", [s.name for s in plan.sidecars]),
+    ):
+        twice = [name for name, n in Counter(names).items() if n > 1]
+        if twice:
+            raise PlanError(f"{where}: {kind}: {twice[0]!r} appears more than once; names must be unique")
+    for i, table in enumerate(plan.tables):
+        if table.default_row >= table.rows:
+            raise PlanError(f"{where}: tables.{i}.default_row: found {table.default_row}; allowed: 0 to {table.rows - 1}")
+    for i, feature in enumerate(plan.features):
+        if feature.table not in plan.table_index:
+            raise PlanError(f"{where}: features.{i}.table: found {feature.table!r}; allowed: the name of a table of this plan")
+        if feature.weighted and feature.pooling not in (Pooling.SUM, Pooling.MEAN):
+            raise PlanError(f"{where}: features.{i}.weighted: found true with pooling {feature.pooling}; allowed: sum, mean")
+    shards: dict[str, list[Shard]] = {}
+    for i, shard in enumerate(plan.shards):
+        if shard.table not in plan.table_index:
+            raise PlanError(f"{where}: shards.{i}.table: found {shard.table!r}; allowed: the name of a table of this plan")
+        if shard.sidecar not in plan.sidecar_index:
+            raise PlanError(f"{where}: shards.{i}.sidecar: found {shard.sidecar!r}; allowed: the name of a sidecar of this plan")
+        shards.setdefault(shard.table, []).append(shard)
+    for table in plan.tables:
+        held = shards.get(table.name, [])
+        if len(held) != 1 or held[0].rows != (0, table.rows) or held[0].columns != (0, table.dim):
+            found = [(s.sidecar, s.rows, s.columns) for s in held]
+            raise PlanError(
+                f"{where}: shards of table {table.name!r}: found {found}; allowed: exactly one shard "
+                f"with rows [0, {table.rows}] and columns [0, {table.dim}] (this version places tables whole)"
+            )

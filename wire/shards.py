@@ -1,0 +1,51 @@
+"""The manifest of a shard directory: which files hold which tables, with their checksums."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from sidepool.wire.config import Frozen, decode
+from sidepool.wire.errors import ShardCorrupt
+from sidepool.wire.plan import MAX_DIM, MAX_ROWS, Name, RowFormat
+
+MANIFEST_FILE = "shards.json"
+
+
+class ShardFile(Frozen):
+    """One safetensors file holding one tensor, `[rows, dim]`, named after its table."""
+
+    table: Name
+    file: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.\-]+$")]
+    rows: Annotated[int, Field(ge=1, le=MAX_ROWS)]
+    dim: Annotated[int, Field(ge=1, le=MAX_DIM)]
+    row_format: RowFormat
+    crc32c: Annotated[int, Field(ge=0, lt=1 << 32)]
+    """CRC-32C of the tensor's bytes (not of the safetensors header)."""
+
+
+class ShardManifest(Frozen):
+    """Everything one sidecar holds."""
+
+    version: Annotated[int, Field(ge=1, le=1)] = 1
+    sidecar: Name
+    plan_fingerprint: str
+    shards: tuple[ShardFile, ...]
+
+
+def load_manifest(directory: Path) -> ShardManifest:
+    """Read the manifest of a shard directory; raises `ShardCorrupt`."""
+    path = directory / MANIFEST_FILE
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise ShardCorrupt(f"{path}: cannot be read: {e}") from e
+    return decode(data, ShardManifest, where=str(path), error=ShardCorrupt)
+
+
+def save_manifest(manifest: ShardManifest, directory: Path) -> None:
+    """Write the manifest into `directory`."""
+    (directory / MANIFEST_FILE).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
