@@ -1,0 +1,172 @@
+"""Opening the shard files that a plan speaks of: find a table's rows in its safetensors file, check them, map them.
+
+Files are untrusted: every size is checked against the file before anything is read or mapped, and every fault
+names the file and the tensor. The format: https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import struct
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+from sidepool import _native
+from sidepool.wire.checksum import crc32c
+from sidepool.wire.errors import PlanError, ShardCorrupt, error_for
+from sidepool.wire.plan import Plan, RowFormat
+from sidepool.wire.shards import ShardFile, ShardManifest, load_manifest
+
+# A header of one tensor is about 100 bytes; the rest leaves room for whatever metadata a tool adds.
+MAX_HEADER_BYTES = 1 << 20
+# Checksums run over slices of this size, so that a shard larger than memory is never asked for as one range.
+CHECKSUM_SLICE_BYTES = 64 << 20
+
+_DTYPES = {RowFormat.FP32: ("F32", 4), RowFormat.FP16: ("F16", 2)}
+
+
+def locate(directory: Path, shard: ShardFile) -> tuple[Path, int]:
+    """Find the rows of `shard`: its file and the byte offset at which `[rows, dim]` begins there.
+
+    Raises `ShardCorrupt` naming file and tensor when the file is missing, truncated, or holds anything but that tensor.
+    """
+    path = directory / shard.file
+    header, begin, file_bytes = _read_header(path, shard.table)
+    tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+    if list(tensors) != [shard.table]:
+        _refuse(path, shard.table, f"found the tensors {sorted(tensors)[:4]}; allowed: exactly this one")
+    entry = tensors[shard.table]
+    dtype, item_bytes = _DTYPES[shard.row_format]
+    expected = {"dtype": dtype, "shape": [shard.rows, shard.dim]}
+    for key, allowed in expected.items():
+        found = entry.get(key) if isinstance(entry, dict) else None
+        if found != allowed:
+            _refuse(path, shard.table, f"{key}: found {found!r}; allowed: {allowed!r} (from the manifest)")
+    row_bytes = shard.rows * shard.dim * item_bytes
+    if entry.get("data_offsets") != [0, row_bytes]:
+        _refuse(path, shard.table, f"data_offsets: found {entry.get('data_offsets')!r}; allowed: [0, {row_bytes}]")
+    if file_bytes != begin + row_bytes:
+        _refuse(
+            path, shard.table, f"found a file of {file_bytes} bytes; allowed: {begin + row_bytes} (truncated, or something follows)"
+        )
+    if begin % item_bytes:
+        _refuse(path, shard.table, f"rows begin at byte {begin}; allowed: a multiple of {item_bytes}")
+    return path, begin
+
+
+def verify_checksum(path: Path, offset: int, shard: ShardFile) -> None:
+    """Compare the CRC-32C of the rows at `offset` of `path` with the manifest's; raises `ShardCorrupt`."""
+    _, item_bytes = _DTYPES[shard.row_format]
+    end = offset + shard.rows * shard.dim * item_bytes
+    found = 0
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as view:
+            for at in range(offset, end, CHECKSUM_SLICE_BYTES):
+                with view[at : min(at + CHECKSUM_SLICE_BYTES, end)] as part:
+                    found = crc32c(part, found)
+    except OSError as e:
+        raise ShardCorrupt(f"{path}: tensor {shard.table!r}: cannot be read: {e}") from e
+    if found != shard.crc32c:
+        _refuse(path, shard.table, f"CRC-32C of the rows: found {found:#010x}; allowed: {shard.crc32c:#010x} (from the manifest)")
+
+
+def shards_of(plan: Plan, directory: Path) -> Iterator[ShardFile]:
+    """The shards of a directory, once its manifest was found to be exactly what `plan` places on that sidecar.
+
+    Raises `ShardCorrupt` for an unreadable manifest and `PlanError` where manifest and plan disagree.
+    """
+    manifest = load_manifest(directory)
+    if manifest.plan_fingerprint != plan.fingerprint:
+        raise PlanError(
+            f"{directory}: shards of plan {manifest.plan_fingerprint[:16]}…; allowed: {plan.fingerprint[:16]}… (the plan given)"
+        )
+    _check_placement(plan, manifest, directory)
+    for shard in manifest.shards:
+        table = plan.tables[plan.table_index[shard.table]]
+        found = (shard.rows, shard.dim, shard.row_format)
+        if found != (table.rows, table.dim, table.row_format):
+            allowed = (table.rows, table.dim, str(table.row_format))
+            raise PlanError(
+                f"{directory}: table {shard.table!r}: found {(*found[:2], str(found[2]))}; allowed: {allowed} (from the plan)"
+            )
+        yield shard
+
+
+def build_table_set(plan: Plan, directories: Iterable[Path], *, verify: bool = True) -> _native.TableSet:
+    """Map every shard of `directories` (one per sidecar) into a sealed table set under the plan's epoch.
+
+    Rows are mapped read-only, not copied; `verify` reads them all once to compare checksums. Features whose table
+    lies elsewhere are left out. Raises `ShardCorrupt` and `PlanError`.
+    """
+    tables = _native.TableSet(plan.epoch, len(plan.tables), len(plan.features))
+    held: set[str] = set()
+    for directory in directories:
+        for shard in shards_of(plan, directory):
+            path, offset = locate(directory, shard)
+            if verify:
+                verify_checksum(path, offset, shard)
+            _add_table(tables, plan, shard, path, offset)
+            held.add(shard.table)
+    for i, feature in enumerate(plan.features):
+        if feature.table in held:
+            tables.add_feature(i, plan.table_index[feature.table], feature.pooling, feature.weighted)
+    tables.seal()
+    return tables
+
+
+def _add_table(tables: _native.TableSet, plan: Plan, shard: ShardFile, path: Path, offset: int) -> None:
+    index = plan.table_index[shard.table]
+    table = plan.tables[index]
+    try:
+        tables.add_table_file(
+            index, str(path), offset, shard.rows, shard.dim, str(shard.row_format), str(table.out_of_range), table.default_row
+        )
+    except _native.NativeError as e:
+        status, message = e.args
+        raise error_for(status, f"{path}: tensor {shard.table!r}: {message}") from e
+
+
+def _check_placement(plan: Plan, manifest: ShardManifest, directory: Path) -> None:
+    if manifest.sidecar not in plan.sidecar_index:
+        raise PlanError(f"{directory}: sidecar: found {manifest.sidecar!r}; allowed: one of {sorted(plan.sidecar_index)}")
+    found = sorted(shard.table for shard in manifest.shards)
+    allowed = sorted(shard.table for shard in plan.shards if shard.sidecar == manifest.sidecar)
+    if found != allowed:
+        odd = sorted(set(found) ^ set(allowed)) or found
+        raise PlanError(f"{directory}: tables {odd[:4]} are in only one of manifest and plan, or twice; allowed: {allowed[:8]}")
+
+
+def _read_header(path: Path, tensor: str) -> tuple[dict[str, Any], int, int]:
+    """`(header, byte at which data begins, bytes of the file)`."""
+    try:
+        with path.open("rb") as file:
+            file_bytes = path.stat().st_size
+            prefix = file.read(8)
+            if len(prefix) < 8:
+                _refuse(path, tensor, f"found a file of {file_bytes} bytes; a safetensors file has at least 8")
+            (header_bytes,) = struct.unpack("<Q", prefix)
+            if header_bytes > min(MAX_HEADER_BYTES, file_bytes - 8):
+                _refuse(path, tensor, f"header of {header_bytes} bytes; allowed: {min(MAX_HEADER_BYTES, file_bytes - 8)}")
+            text = file.read(header_bytes)
+    except OSError as e:
+        raise ShardCorrupt(f"{path}: tensor {tensor!r}: cannot be read: {e}") from e
+    try:
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as e:
+        raise ShardCorrupt(f"{path}: tensor {tensor!r}: the header is not valid JSON: {e}") from e
+    if not isinstance(header, dict):
+        _refuse(path, tensor, "the header is not a JSON object")
+    return header, 8 + header_bytes, file_bytes
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
+        raise ValueError("a key appears twice")
+    return entries
+
+
+def _refuse(path: Path, tensor: str, what: str) -> NoReturn:
+    raise ShardCorrupt(f"{path}: tensor {tensor!r}: {what}")
