@@ -56,23 +56,19 @@ class Installation:
 
 def missing() -> str | None:
     """Why no Triton can be installed here, or None where one can."""
-    spec = importlib.util.find_spec("pytriton")
-    if spec is None or not spec.submodule_search_locations:
+    package = _package()
+    if package is None:
         return f"the {WHEEL} wheel is not installed in {sys.prefix}"
-    stub = Path(spec.submodule_search_locations[0]) / "tritonserver" / "python_backend_stubs" / _python_version()
-    if not stub.is_dir():
+    if not (package / "tritonserver" / "python_backend_stubs" / _python_version()).is_dir():
         return f"the {WHEEL} wheel has no Python backend stub for Python {_python_version()}"
     return None
 
 
 def install(into: Path) -> Installation:
     """Assemble the wheel's Triton under `into` unless it is there; raises `ConfigError` where there is no wheel."""
-    reason = missing()
-    if reason is not None:
+    reason, package = missing(), _package()
+    if reason is not None or package is None:
         raise ConfigError(f"Triton: {reason}; install requirements.txt (make venv)")
-    spec = importlib.util.find_spec("pytriton")
-    assert spec is not None and spec.submodule_search_locations
-    package = Path(spec.submodule_search_locations[0])
     libraries = package.parent / "nvidia_pytriton.libs"
     root = into.absolute() / f"{WHEEL}-{importlib.metadata.version(WHEEL)}-py{_python_version()}"
     if not root.is_dir():
@@ -147,7 +143,12 @@ class TritonServer:
             with self.log.open("wb") as log:
                 # A session of its own: Ctrl-C reaches us alone, and the whole group, stubs included, can be ended.
                 self._process = subprocess.Popen(
-                    self._command(), env=self._environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                    self._command(),
+                    env=self._environment(),
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
                 )
             self._wait_ready()
         except BaseException:
@@ -274,6 +275,12 @@ def _free_ports(count: int) -> list[int]:
         for s in sockets:
             s.bind(("127.0.0.1", 0))
         return [int(s.getsockname()[1]) for s in sockets]
+
+
+def _package() -> Path | None:
+    """Where the wheel's package lies; it is not imported, since that costs seconds."""
+    spec = importlib.util.find_spec("pytriton")
+    return Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else None
 
 
 def _python_version() -> str:

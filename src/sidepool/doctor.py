@@ -1,0 +1,243 @@
+"""`sidepool doctor`: what this machine offers, each finding with what to do about it. Nothing is changed."""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import shutil
+import socket
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+State = Literal["ok", "limited", "absent"]
+
+GIB = 1 << 30
+# What Triton's documentation starts its containers with (--shm-size=1g); Docker's own default is 64 MB.
+WANTED_SHM_BYTES = GIB
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report. `limited`: works, but slower or smaller than it could. `todo` is empty when `ok`."""
+
+    name: str
+    state: State
+    found: str
+    todo: str = ""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `sidepool doctor`."""
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the findings; 0 always, since nothing here is needed by every deployment."""
+    findings = examine()
+    if args.json:
+        print(json.dumps([asdict(f) for f in findings], indent=1))
+    else:
+        _print(findings)
+    return 0
+
+
+def examine() -> list[Finding]:
+    """Every finding, in the order in which it is printed. Imports torch, which takes a few seconds."""
+    return [check() for check in CHECKS]
+
+
+def simd() -> Finding:
+    """The instruction set that gather-pool runs on."""
+    try:
+        from sidepool import _native
+    except ImportError as e:
+        return Finding("SIMD", "absent", f"the native core cannot be imported: {e}", "build it: make native")
+    level, levels = _native.simd_level(), ", ".join(_native.simd_levels())
+    if level == "scalar":
+        return Finding(
+            "SIMD",
+            "limited",
+            f"scalar on {platform.machine()}",
+            "pooling is several times faster on a CPU with AVX2, AVX-512 or NEON",
+        )
+    return Finding("SIMD", "ok", f"{level} (can run: {levels})")
+
+
+def transparent_huge_pages(setting: Path = Path("/sys/kernel/mm/transparent_hugepage/enabled")) -> Finding:
+    """Whether table memory can get huge pages by madvise, which is how the row store asks for them."""
+    try:
+        chosen = setting.read_text().split("[")[1].split("]")[0]
+    except (OSError, IndexError):
+        return Finding(
+            "huge pages", "absent", f"no {setting}", "use a kernel with transparent huge pages: random rows then miss the TLB less"
+        )
+    if chosen == "never":
+        return Finding("huge pages", "limited", "transparent huge pages: never", f"as root: echo madvise > {setting}")
+    return Finding("huge pages", "ok", f"transparent huge pages: {chosen}")
+
+
+def reserved_huge_pages(meminfo: Path = Path("/proc/meminfo")) -> Finding:
+    """Pages reserved for hugetlbfs; the row store does not use them, other processes on the node may have taken the memory."""
+    fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
+    total, size = int(fields.get("HugePages_Total", "0")), fields.get("Hugepagesize", "0 kB").strip()
+    return Finding("hugetlbfs", "ok", f"{total} pages of {size} reserved (none are needed)")
+
+
+def memlock() -> Finding:
+    """How much memory may be pinned, which RDMA registration needs."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if soft == resource.RLIM_INFINITY:
+        return Finding("memlock", "ok", "unlimited")
+    todo = "only rdma needs more: ulimit -l unlimited, LimitMEMLOCK=infinity (systemd), --ulimit memlock=-1 (Docker)"
+    return Finding("memlock", "limited", f"{soft >> 10} KiB", todo)
+
+
+def lane_shm() -> Finding:
+    """Makes a sealed memfd, as the shm lane does."""
+    try:
+        descriptor = os.memfd_create("sidepool-doctor", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(descriptor, 4096)
+            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+        finally:
+            os.close(descriptor)
+    except OSError as e:
+        return Finding(
+            "lane shm",
+            "absent",
+            f"a sealed memfd cannot be made: {e}",
+            "use the tcp lane, or a kernel and seccomp profile with memfd_create",
+        )
+    return Finding("lane shm", "ok", "sealed memfd works; for processes of one host or pod")
+
+
+def lane_tcp() -> Finding:
+    """Opens a listening socket on loopback."""
+    try:
+        with socket.create_server(("127.0.0.1", 0)):
+            return Finding("lane tcp", "ok", "loopback sockets work")
+    except OSError as e:
+        return Finding("lane tcp", "absent", f"no loopback socket: {e}", "bring the loopback interface up")
+
+
+def lane_grpc() -> Finding:
+    """Looks for grpcio."""
+    version = _version("grpcio")
+    if version is None:
+        return Finding("lane grpc", "absent", "grpcio is not installed", "pip install grpcio")
+    return Finding("lane grpc", "ok", f"grpcio {version}")
+
+
+def rdma(devices: Path = Path("/sys/class/infiniband"), library: str = "libibverbs.so.1") -> Finding:
+    """Looks for verbs devices and the library that drives them. This version has no rdma lane yet."""
+    names = sorted(p.name for p in devices.iterdir()) if devices.is_dir() else []
+    try:
+        ctypes.CDLL(library)
+        loads = f"{library} loads"
+    except OSError:
+        loads = f"{library} is not installed"
+    if not names:
+        return Finding(
+            "RDMA", "absent", f"no device in {devices}; {loads}", "use the shm lane within a host, the tcp lane between hosts"
+        )
+    return Finding("RDMA", "limited", f"devices {', '.join(names)}; {loads}", "this version of sidepool has no rdma lane; use tcp")
+
+
+def torch() -> Finding:
+    """Imports torch and asks for CUDA devices."""
+    version = _version("torch")
+    if version is None:
+        return Finding(
+            "torch", "absent", "not installed", "pip install torch; partitioning and the ranker need it, sidecars do not"
+        )
+    import torch as module
+
+    if not module.cuda.is_available():
+        built = module.version.cuda
+        why = "this is a CPU build" if built is None else f"built for CUDA {built}, but no usable GPU or driver"
+        return Finding("torch", "limited", f"{module.__version__}, CPU only", f"{why}; the dense half then runs on the CPU")
+    names = ", ".join(module.cuda.get_device_name(i) for i in range(module.cuda.device_count()))
+    return Finding("torch", "ok", f"{module.__version__}, {names}")
+
+
+def triton() -> Finding:
+    """Looks for the wheel that carries Triton, and for a tritonserver on PATH."""
+    from sidepool.bench.triton_server import WHEEL, missing
+
+    reason, on_path = missing(), shutil.which("tritonserver")
+    if reason is None:
+        return Finding("Triton", "ok", f"{WHEEL} {_version(WHEEL)} carries a server for this Python")
+    if on_path:
+        return Finding(
+            "Triton", "limited", f"{on_path}; {reason}", "models can be served by it; the demo and the tests need the wheel"
+        )
+    return Finding("Triton", "absent", reason, f"pip install {WHEEL} (make venv does)")
+
+
+def cores(nodes: Path = Path("/sys/devices/system/node")) -> Finding:
+    """Cores this process may use, and NUMA nodes."""
+    usable, numa = len(os.sched_getaffinity(0)), len(list(nodes.glob("node[0-9]*"))) or 1
+    found = f"{usable} of {os.cpu_count()} usable, {numa} NUMA node{'s' if numa > 1 else ''}"
+    if numa > 1:
+        return Finding("cores", "limited", found, "run one sidecar per node: numactl --cpunodebind=N --membind=N")
+    return Finding("cores", "ok", found)
+
+
+def shared_memory(mount: Path = Path("/dev/shm")) -> Finding:
+    """Size of /dev/shm, where Triton's Python backend keeps every tensor in flight."""
+    try:
+        usage = shutil.disk_usage(mount)
+    except OSError as e:
+        return Finding("/dev/shm", "absent", str(e), "mount a tmpfs there: Triton's Python backend cannot start without it")
+    found = f"{usage.total / GIB:.1f} GiB, {usage.free / GIB:.1f} GiB free"
+    if usage.free < WANTED_SHM_BYTES:
+        return Finding(
+            "/dev/shm",
+            "limited",
+            found,
+            "give Triton's Python backend 1 GiB: --shm-size=1g (Docker), an emptyDir with medium: Memory (Kubernetes)",
+        )
+    return Finding("/dev/shm", "ok", found)
+
+
+CHECKS: tuple[Callable[[], Finding], ...] = (
+    simd,
+    transparent_huge_pages,
+    reserved_huge_pages,
+    memlock,
+    lane_shm,
+    lane_tcp,
+    lane_grpc,
+    rdma,
+    torch,
+    triton,
+    cores,
+    shared_memory,
+)
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _print(findings: list[Finding]) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    colours = {"ok": "green", "limited": "yellow", "absent": "red"}
+    console = Console(soft_wrap=True)
+    for f in findings:
+        console.print(Text.assemble((f"{f.state:<8}", colours[f.state]), (f"{f.name:<11}", "bold"), f.found))
+        if f.todo:
+            console.print(Text(f"{'':<19}-> {f.todo}", style="dim"))
