@@ -1,0 +1,1 @@
+"""Models to partition: what the demo, the benchmarks and the tests use."""
