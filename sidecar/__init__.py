@@ -1,0 +1,1 @@
+"""The CPU-node process: holds shards, answers subrequests, and is controlled over gRPC (docs/sidecar.md)."""

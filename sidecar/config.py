@@ -1,0 +1,153 @@
+"""`sidecar.yaml`: everything one sidecar process can be told. docs/sidecar.md is the reference for operators."""
+
+from __future__ import annotations
+
+import ipaddress
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+
+from sidepool.wire.config import Frozen, load_yaml
+from sidepool.wire.errors import ConfigError
+from sidepool.wire.plan import Name
+
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+# sockaddr_un has 108 bytes with the terminating zero; a longer path cannot be bound on Linux.
+MAX_SOCKET_PATH_BYTES = 107
+
+
+def split_endpoint(endpoint: str) -> tuple[str, int]:
+    """`("host", port)` of a checked `host:port`; an IPv6 host comes without its brackets."""
+    host, _, port = endpoint.rpartition(":")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def join_endpoint(host: str, port: int) -> str:
+    """`host:port`, with brackets around an IPv6 address."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def is_wildcard(host: str) -> bool:
+    """Whether `host` means every address of the machine, which no peer can connect to as such."""
+    try:
+        return ipaddress.ip_address(host).is_unspecified
+    except ValueError:
+        return False
+
+
+def _check_endpoint(text: str) -> str:
+    host, colon, port = text.rpartition(":")
+    bare = host.removeprefix("[").removesuffix("]")
+    bracketed = host.startswith("[") and host.endswith("]")
+    if not colon or not bare or (":" in bare) != bracketed or not port.isascii() or not port.isdigit() or int(port) > 65535:
+        raise PydanticCustomError("endpoint", "host:port, the port from 0 (any free one) to 65535, an IPv6 host in brackets")
+    return text
+
+
+def _check_socket_path(text: str) -> str:
+    if not 0 < len(text.encode()) <= MAX_SOCKET_PATH_BYTES:
+        raise PydanticCustomError("socket_path", "a path of 1 to {most} bytes", {"most": MAX_SOCKET_PATH_BYTES})
+    return text
+
+
+Endpoint = Annotated[str, AfterValidator(_check_endpoint)]
+SocketPath = Annotated[str, AfterValidator(_check_socket_path)]
+
+
+class _Documented(Frozen):
+    """Field docstrings become the descriptions of the exported JSON Schema."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+
+class Listen(_Documented):
+    """Where the sidecar listens. Only loopback unless another address is written down: the data lanes carry no encryption."""
+
+    grpc: Endpoint = "127.0.0.1:50151"
+    """Control plane and grpc lane, `host:port`. 50151 is free in IANA's list and beside gRPC's customary 50051."""
+    tcp: Endpoint | None = "127.0.0.1:0"
+    """The tcp lane, `host:port`; null switches it off. Port 0 takes any free one: rankers learn it through `Connect`."""
+    unix: SocketPath | None = None
+    """Path of the Unix socket over which shm lanes are handed out. null: a socket in a private directory (mode 0700) made at
+    start and removed at exit. Give a path on a shared volume when ranker and sidecar are two containers of one pod."""
+    metrics: Endpoint | None = "127.0.0.1:0"
+    """The Prometheus endpoint, `host:port`; null switches it off. The port is in the ready line."""
+
+
+class Tls(_Documented):
+    """TLS of the control plane. Paths are relative to the configuration file; the files are PEM."""
+
+    cert: str
+    """The server's certificate chain."""
+    key: str
+    """The private key of `cert`."""
+    client_ca: str | None = None
+    """Authorities whose certificates clients must present (mTLS). null: connections are encrypted, clients are not checked."""
+
+
+class SidecarConfig(_Documented):
+    """One sidecar process."""
+
+    version: Annotated[int, Field(ge=1, le=1)] = 1
+    """Version of this file's format."""
+    name: Name
+    """The name under which the plan knows this sidecar."""
+    plan: Annotated[str, Field(min_length=1)]
+    """The plan, relative to this file."""
+    shards: Annotated[str, Field(min_length=1)]
+    """The directory that holds this sidecar's shards and their manifest, relative to this file."""
+    listen: Listen = Listen()
+    """Addresses."""
+    tls: Tls | None = None
+    """TLS for the control plane (grpc lane included). null: plain text, fit for loopback and for meshes that encrypt themselves."""
+    engines: Annotated[int, Field(ge=1, le=256)] = 1
+    """Native threads that serve the tcp and shm lanes. One gathers about as fast as one core can read memory; add engines when
+    `engine_busy_seconds_total` nears 1 per second, up to the cores that rankers on the same machine leave free."""
+    spin_us: Annotated[int, Field(ge=0, le=1_000_000)] = 20
+    """Microseconds an idle engine spins before it sleeps. 20 is about what waking a sleeping thread costs, so spinning longer
+    gains little on average. An idle spinning engine steals its core from a ranker beside it: 0 where cores are scarce."""
+    slots: Annotated[int, Field(ge=1, le=1024)] = 16
+    """Credits per lane: frames in flight between one ranker and this sidecar. Rankers may ask for fewer. 16 keeps a core busy
+    at the round-trip times of one data centre; more only lengthens the queue."""
+    request_slot_bytes: Annotated[int, Field(ge=64 * KIB, le=GIB)] = 2 * MIB
+    """Bytes of one request slot: the largest request frame. 2 MiB holds 250,000 ids; rankers cut larger lookups into chunks."""
+    response_slot_bytes: Annotated[int, Field(ge=64 * KIB, le=GIB)] = 8 * MIB
+    """Bytes of one response slot. 8 MiB holds 13 pooled features of dim 128 for 1,200 samples."""
+    max_lanes: Annotated[int, Field(ge=1, le=65_536)] = 256
+    """Lanes open at once; a further one is refused as retryable. Bounds memory to
+    max_lanes * slots * request_slot_bytes (touched only as used)."""
+    verify: bool = True
+    """Compare every shard's CRC-32C with the manifest before serving. Reads each byte once; costs about a second per 5 GB once
+    the files are in the page cache. false starts at once and finds bad bytes never."""
+    promote: bool = True
+    """Copy the mapped tables into huge pages in the background while serving: random rows then cost one TLB miss less. Needs
+    the tables' bytes of memory beside the page cache; false where that is not there."""
+    drain_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 20.0
+    """Seconds that in-flight lookups get to finish after SIGTERM. Kubernetes kills after 30 by default; 20 leaves room."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least severe level that is logged. SIGHUP applies a change."""
+
+
+def load_sidecar_config(path: Path) -> SidecarConfig:
+    """Read `sidecar.yaml`; the paths in the result are absolute. Raises `ConfigError`."""
+    config = load_yaml(path, SidecarConfig)
+    base = path.resolve().parent
+    tls = config.tls
+    if tls is not None:
+        files = {key: str(base / file) for key, file in tls.model_dump().items() if file is not None}
+        tls = tls.model_copy(update=files)
+    listen = config.listen
+    if listen.unix is not None:
+        unix = str(base / listen.unix)
+        if len(unix.encode()) > MAX_SOCKET_PATH_BYTES:
+            raise ConfigError(f"{path}: listen.unix: found {unix!r}; allowed: at most {MAX_SOCKET_PATH_BYTES} bytes, made absolute")
+        listen = listen.model_copy(update={"unix": unix})
+    absolute = {"plan": str(base / config.plan), "shards": str(base / config.shards), "tls": tls, "listen": listen}
+    return config.model_copy(update=absolute)
+
+
+def schema() -> dict[str, Any]:
+    """JSON Schema of `sidecar.yaml`."""
+    return SidecarConfig.model_json_schema()

@@ -1,0 +1,114 @@
+"""Loads a configuration's plan and shards beside the main loop, which stays free to obey signals."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from sidepool import _native
+from sidepool.sidecar import logs
+from sidepool.sidecar.config import SidecarConfig
+from sidepool.sidecar.serving import Published
+from sidepool.sidecar.shards import LoadCancelled, load_tables
+from sidepool.wire.errors import PlanError
+from sidepool.wire.plan import Plan, load_plan
+
+# A progress line for every tenth of the bytes: ten lines whatever the number of tables.
+PROGRESS_STEPS = 10
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A load has ended well; `published` is None when the plan is the one already served."""
+
+    config: SidecarConfig
+    published: Published | None
+
+
+@dataclass(frozen=True)
+class LoadFailed:
+    """A load has ended with `error`."""
+
+    error: Exception
+
+
+class Loader:
+    """At most one load at a time, on its own thread; the outcome goes to `report`."""
+
+    def __init__(self, report: Callable[[Loaded | LoadFailed], None]) -> None:
+        self._report = report
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self, config: SidecarConfig, serving: Published | None) -> None:
+        """Begin to load what `config` names, to replace `serving`. The previous load must have reported."""
+        self._thread = threading.Thread(target=self._load, args=(config, serving), name="load")
+        self._thread.start()
+
+    def close(self) -> None:
+        """Give up the load in progress, if any, and wait for its thread (at most one file's checksum)."""
+        self._stopping.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _load(self, config: SidecarConfig, serving: Published | None) -> None:
+        try:
+            published = load(config, serving, cancelled=self._stopping.is_set)
+        except LoadCancelled:
+            return
+        except Exception as e:  # a thread has no caller: the main loop decides what any failure means
+            self._report(LoadFailed(e))
+        else:
+            self._report(Loaded(config, published))
+
+
+def load(config: SidecarConfig, serving: Published | None, *, cancelled: Callable[[], bool] = lambda: False) -> Published | None:
+    """Load what `config` names; None when its plan is the one already `serving`.
+
+    Raises `PlanError` and `ShardCorrupt`, and `LoadCancelled` soon after `cancelled()` is true.
+    """
+    plan = load_plan(Path(config.plan))
+    if serving is not None and not _replaces(plan, serving.plan, config.plan):
+        return None
+    began, logged = time.monotonic(), 0
+
+    def progress(done: int, total: int) -> None:
+        nonlocal logged
+        step = PROGRESS_STEPS * done // total
+        if step > logged:
+            logged = step
+            logs.info("verifying shards", done_bytes=done, total_bytes=total)
+
+    tables = load_tables(plan, config.name, Path(config.shards), verify=config.verify, progress=progress, cancelled=cancelled)
+    seconds = round(time.monotonic() - began, 3)
+    logs.info("shards loaded", plan_epoch=plan.epoch, bytes=tables.bytes, verified=config.verify, seconds=seconds)
+    return Published(plan, tables)
+
+
+def promote(tables: _native.TableSet) -> None:
+    """Copy `tables` into huge pages on a background thread; lookups use each copy as soon as it is complete."""
+
+    def copy() -> None:
+        began = time.monotonic()
+        try:
+            copied = tables.promote()
+        except (MemoryError, _native.NativeError) as e:
+            logs.log(logging.WARNING, "tables stay mapped: no memory for huge pages", reason=str(e))
+        else:
+            logs.info("tables promoted to huge pages", bytes=copied, seconds=round(time.monotonic() - began, 3))
+
+    # A daemon: the process may end in the middle of a copy, which nobody needs any more.
+    threading.Thread(target=copy, name="promote", daemon=True).start()
+
+
+def _replaces(new: Plan, old: Plan, path: str) -> bool:
+    """Whether `new` is another plan than `old`; `PlanError` when it is, yet under the same epoch."""
+    if new.fingerprint == old.fingerprint:
+        return False
+    if new.epoch == old.epoch:
+        raise PlanError(f"{path}: epoch: found {new.epoch}, which already stands for another plan; allowed: any other number")
+    return True

@@ -1,0 +1,148 @@
+"""The Prometheus endpoint: reads the engines' counters when scraped (docs/metrics.md), keeps nothing itself."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import accumulate
+from typing import Any
+
+import prometheus_client
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+import sidepool
+from sidepool import _native
+from sidepool.sidecar.config import join_endpoint, split_endpoint
+from sidepool.sidecar.serving import Serving, State
+from sidepool.wire.errors import ConfigError
+
+PREFIX = "sidepool_sidecar_"
+# The engine number under which `stats()` sums up the lanes that have closed.
+CLOSED = -1
+
+Label = tuple[str, ...]
+
+_TABLE_COUNTERS = {
+    "table_lookups": ("lookups", "Features pooled from the table"),
+    "table_rows": ("rows", "Rows read"),
+    "table_read_bytes": ("bytes", "Row bytes read"),
+    "table_out_of_range": ("out_of_range", "Ids outside the table, whatever its policy"),
+}
+_LANE_COUNTERS = {
+    "lane_received_frames": ("received", "Request frames"),
+    "lane_sent_frames": ("sent", "Response frames"),
+    "lane_request_bytes": ("request_bytes", "Bytes of request frames"),
+    "lane_response_bytes": ("response_bytes", "Bytes of response frames"),
+    "credit_waits": ("credit_waits", "Times a response waited for room at the ranker"),
+}
+
+
+class SidecarCollector(Collector):
+    """Turns `stats()` into Prometheus metrics."""
+
+    def __init__(self, serving: Serving) -> None:
+        self._serving = serving
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._serving.server.stats()
+        yield from self._identity(stats)
+        yield from self._tables(stats)
+        yield from _engines(stats["engines"])
+        yield from _lanes(stats["lanes"])
+        statuses: dict[Label, float] = {(code,): n for code, n in stats["statuses"].items()}
+        yield _counter("subrequests", "Subrequests answered", statuses, ["code"])
+        yield _histogram("queue_seconds", "Time from a subrequest's arrival to its start", stats["queue_us"])
+        yield _histogram("pool_seconds", "Time to gather and pool a subrequest", stats["pool_us"])
+
+    def _identity(self, stats: dict[str, Any]) -> Iterator[Metric]:
+        build = (sidepool.__version__, str(_native.WIRE_VERSION), _native.simd_level())
+        yield _gauge("build_info", "Version in use", {build: 1}, ["version", "wire_version", "simd"])
+        present = self._serving.state
+        yield _gauge("state", "1 for the present state", {(str(s),): int(s is present) for s in State}, ["state"])
+        yield _gauge("plan_epoch", "Plan epoch being served, 0 before the first", {(): stats["epoch"]}, [])
+        yield _gauge("in_flight", "Subrequests accepted and not yet answered", {(): self._serving.in_flight()}, [])
+
+    def _tables(self, stats: dict[str, Any]) -> Iterator[Metric]:
+        published = self._serving.published
+        if published is None:
+            return
+        plan, held = published.plan, published.tables
+        # A scrape may fall between a publication and its counters: indices beyond this plan belong to another one.
+        rows = [(plan.tables[t["table"]].name, t) for t in stats["tables"] if t["table"] < len(plan.tables)]
+        for name, (key, text) in _TABLE_COUNTERS.items():
+            yield _counter(name, text, {(table,): t[key] for table, t in rows}, ["table"])
+        ours = plan.sidecar_index[self._serving.name]
+        holders = zip(plan.tables, plan.sidecar_of_table, strict=True)
+        sizes: dict[Label, float] = {(table.name,): table.bytes for table, holder in holders if holder == ours}
+        yield _gauge("table_bytes", "Row bytes of the table", sizes, ["table"])
+        yield _gauge("resident_bytes", "Row bytes held", {(): held.bytes}, [])
+        yield _gauge("huge_page_bytes", "Row bytes held in huge-page memory", {(): held.huge_bytes}, [])
+
+
+class MetricsServer:
+    """The HTTP server of the endpoint, on daemon threads of its own."""
+
+    def __init__(self, endpoint: str, serving: Serving) -> None:
+        """Bind `endpoint`; raises `ConfigError` when it is taken."""
+        registry = prometheus_client.CollectorRegistry()
+        registry.register(SidecarCollector(serving))
+        host, port = split_endpoint(endpoint)
+        try:
+            self._server, self._thread = prometheus_client.start_http_server(port, host, registry)
+        except OSError as e:
+            raise ConfigError(f"listen.metrics: found {endpoint!r}: {e.strerror or e}; allowed: a free host:port") from e
+        self.address = join_endpoint(host, self._server.server_port)
+        """`host:port` actually bound."""
+
+    def close(self) -> None:
+        """Stop answering and close the port."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+def _engines(engines: Iterable[dict[str, int]]) -> Iterator[Metric]:
+    rows: dict[Label, dict[str, int]] = {(str(i),): engine for i, engine in enumerate(engines)}
+    for key, text in (("queued", "Subrequests waiting"), ("in_flight", "Subrequests being served")):
+        yield _gauge(f"engine_{key}", text, {label: e[key] for label, e in rows.items()}, ["engine"])
+    for key, text in (("served", "Subrequests served"), ("shed", "Subrequests refused because their deadline could not be met")):
+        yield _counter(f"engine_{key}", text, {label: e[key] for label, e in rows.items()}, ["engine"])
+    busy: dict[Label, float] = {label: e["busy_ns"] / 1e9 for label, e in rows.items()}
+    yield _counter("engine_busy_seconds", "Time spent on subrequests", busy, ["engine"])
+
+
+def _lanes(lanes: Iterable[dict[str, Any]]) -> Iterator[Metric]:
+    live: dict[Label, float] = defaultdict(int)
+    sums: dict[str, dict[Label, float]] = {name: defaultdict(int) for name in _LANE_COUNTERS}
+    for lane in lanes:
+        label = (lane["kind"],)
+        live[label] += lane["engine"] != CLOSED
+        for name, (key, _) in _LANE_COUNTERS.items():
+            sums[name][label] += lane[key]
+    yield _gauge("lanes", "Lanes open", live, ["kind"])
+    for name, (_, text) in _LANE_COUNTERS.items():
+        yield _counter(name, text, sums[name], ["kind"])
+
+
+def _gauge(name: str, text: str, values: Mapping[Label, float], labels: list[str]) -> Metric:
+    family = GaugeMetricFamily(PREFIX + name, text, labels=labels)
+    for label, value in values.items():
+        family.add_metric(label, value)
+    return family
+
+
+def _counter(name: str, text: str, values: Mapping[Label, float], labels: list[str]) -> Metric:
+    family = CounterMetricFamily(PREFIX + name, text, labels=labels)
+    for label, value in values.items():
+        family.add_metric(label, value)
+    return family
+
+
+def _histogram(name: str, text: str, histogram: dict[str, Any]) -> Metric:
+    """From counts per bound in µs to Prometheus' cumulative buckets in seconds."""
+    edges = [*(str(bound / 1e6) for bound in histogram["bounds"]), "+Inf"]
+    buckets = list(zip(edges, accumulate(histogram["counts"]), strict=True))
+    family = HistogramMetricFamily(PREFIX + name, text)
+    family.add_metric([], buckets, histogram["sum"] / 1e6)
+    return family

@@ -1,0 +1,188 @@
+"""The life of a sidecar process: start, ready, reload (SIGHUP), drain (SIGTERM, SIGINT), gone without a trace."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+from sidepool import _native
+from sidepool.sidecar import logs
+from sidepool.sidecar.config import SidecarConfig, is_wildcard, join_endpoint, load_sidecar_config, split_endpoint
+from sidepool.sidecar.control import ControlPlane
+from sidepool.sidecar.loader import Loaded, Loader, LoadFailed, promote
+from sidepool.sidecar.metrics import MetricsServer
+from sidepool.sidecar.serving import Serving
+from sidepool.sidecar.socket_directory import private_directory
+from sidepool.wire.errors import ConfigError, SidepoolError
+from sidepool.wire.plan import Plan
+
+SOCKET_NAME = "lane.sock"
+# What SIGHUP applies; everything else is fixed when threads, ports and lanes are made.
+RELOADABLE = {"log_level", "plan", "shards", "verify", "promote"}
+
+
+class SidecarProcess:
+    """One sidecar. Everything happens on the main thread, one event at a time; `run` returns when it is over."""
+
+    def __init__(self, config_path: Path, ready_file: Path | None = None) -> None:
+        """`ready_file`: where to also write the ready line; removed at exit."""
+        self._config_path = config_path
+        self._ready_file = ready_file
+        self._events: queue.SimpleQueue[Loaded | LoadFailed | signal.Signals] = queue.SimpleQueue()
+        self._loader = Loader(self._events.put)
+        self._reload_wanted = False
+        self._loading = False
+        self._ready = False
+        self._stop_signals = 0
+
+    def run(self) -> None:
+        """Serve until SIGTERM or SIGINT; raises `ConfigError`, `PlanError` or `ShardCorrupt` when it cannot start."""
+        self._config = config = load_sidecar_config(self._config_path)
+        logs.start_logging(config.log_level)
+        logs.info("configuration", path=str(self._config_path), **config.model_dump(mode="json"))
+        with contextlib.ExitStack() as stack:
+            self._take_signals(stack)
+            self._server = _native.SidecarServer(
+                engines=config.engines,
+                spin_us=config.spin_us,
+                max_lanes=config.max_lanes,
+                max_frame_bytes=max(config.request_slot_bytes, config.response_slot_bytes),
+            )
+            stack.callback(self._server.close)
+            self._serving = Serving(config.name, self._server)
+            self._control = ControlPlane(config, self._serving)
+            stack.callback(self._control.stop)
+            self._metrics = MetricsServer(config.listen.metrics, self._serving) if config.listen.metrics else None
+            if self._metrics is not None:
+                stack.callback(self._metrics.close)
+            stack.callback(self._loader.close)
+            self._load(config)
+            self._obey(stack)
+            self._drain()
+        logs.info("stopped")
+
+    def _take_signals(self, stack: contextlib.ExitStack) -> None:
+        def take(number: int, frame: FrameType | None) -> None:
+            self._stop_signals += number != signal.SIGHUP
+            self._events.put(signal.Signals(number))  # SimpleQueue.put is reentrant: safe in a signal handler
+
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            stack.callback(signal.signal, number, signal.signal(number, take))
+
+    def _obey(self, stack: contextlib.ExitStack) -> None:
+        """The main loop: one event after the other until a signal asks to stop."""
+        while True:
+            event = self._events.get()
+            if isinstance(event, Loaded):
+                self._loading = False
+                self._adopt(event, stack)
+            elif isinstance(event, LoadFailed):
+                self._loading = False
+                self._refuse(event.error)
+            elif event is signal.SIGHUP:
+                self._reload_wanted = True
+            else:
+                logs.info("asked to stop", signal=event.name)
+                return
+            if self._reload_wanted and not self._loading:
+                self._reload_wanted = False
+                self._reload()
+
+    def _load(self, config: SidecarConfig) -> None:
+        self._loading = True
+        self._loader.start(config, self._serving.published)
+
+    def _reload(self) -> None:
+        """Re-read the configuration; what is wrong with it is logged and changes nothing."""
+        try:
+            config = load_sidecar_config(self._config_path)
+        except SidepoolError as e:
+            self._refuse(e)
+            return
+        changed = {key for key, value in config if value != getattr(self._config, key)}
+        if changed - RELOADABLE:
+            logs.error("these settings change only with a restart; the old values stay", settings=sorted(changed - RELOADABLE))
+        logs.set_level(config.log_level)
+        self._load(self._config.model_copy(update={key: getattr(config, key) for key in RELOADABLE}))
+
+    def _adopt(self, loaded: Loaded, stack: contextlib.ExitStack) -> None:
+        """Serve what has been loaded; the first time, also start listening for lanes and say that we are ready."""
+        self._config = loaded.config
+        published = loaded.published
+        if published is not None:
+            self._serving.publish(published)
+            if loaded.config.promote:
+                promote(published.tables)
+        if published is not None and not self._ready:
+            self._listen(published.plan, stack)
+            self._serving.open()
+            self._say_ready(published.plan, stack)
+            self._ready = True
+        elif published is not None:
+            logs.info("reloaded", plan_epoch=published.plan.epoch)
+        else:
+            logs.info("reloaded; the plan is the one already served")
+
+    def _refuse(self, error: Exception) -> None:
+        """A load failed: fatal at start, else the old plan goes on being served."""
+        if not self._ready:
+            raise error
+        code = error.code if isinstance(error, SidepoolError) else "INTERNAL"
+        logs.error("reload refused; what was served before is served on", code=code, reason=str(error))
+
+    def _listen(self, plan: Plan, stack: contextlib.ExitStack) -> None:
+        """Open the data lanes."""
+        listen, addresses = self._config.listen, self._control.servicer.lane_addresses
+        unix = listen.unix or str(stack.enter_context(private_directory()) / SOCKET_NAME)
+        with _as_config_error("listen.unix", unix):
+            self._server.listen_unix(unix)
+        # The listener must be closed before its socket and directory go: callbacks run last in, first out.
+        stack.callback(Path(unix).unlink, missing_ok=True)
+        stack.callback(self._server.close)
+        addresses["shm"] = unix
+        if listen.tcp is not None:
+            host, port = split_endpoint(listen.tcp)
+            with _as_config_error("listen.tcp", listen.tcp):
+                port = self._server.listen_tcp(host, port)
+            # Peers cannot connect to "every address"; the plan says under which one they know this machine.
+            known = split_endpoint(plan.sidecars[plan.sidecar_index[self._config.name]].address)[0]
+            addresses["tcp"] = join_endpoint(known if is_wildcard(host) else host, port)
+
+    def _say_ready(self, plan: Plan, stack: contextlib.ExitStack) -> None:
+        lanes = self._control.servicer.lane_addresses
+        facts = {
+            "name": self._config.name,
+            "pid": os.getpid(),
+            "plan_epoch": plan.epoch,
+            "grpc": self._control.address,
+            "tcp": lanes.get("tcp"),
+            "unix": lanes.get("shm"),
+            "metrics": self._metrics.address if self._metrics is not None else None,
+        }
+        logs.info("ready", **facts)
+        if self._ready_file is not None:
+            partial = self._ready_file.with_name(self._ready_file.name + ".partial")
+            partial.write_text(json.dumps({"event": "ready", **facts}) + "\n", encoding="utf-8")
+            partial.rename(self._ready_file)  # whoever waits for the file never sees half of it
+            stack.callback(self._ready_file.unlink, missing_ok=True)
+
+    def _drain(self) -> None:
+        self._serving.begin_drain()
+        idle = self._serving.wait_idle(self._config.drain_timeout_s, given_up=lambda: self._stop_signals > 1)
+        if not idle:
+            logs.error("drain given up", in_flight=self._serving.in_flight(), drain_timeout_s=self._config.drain_timeout_s)
+
+
+@contextlib.contextmanager
+def _as_config_error(field: str, found: str) -> Iterator[None]:
+    """A listener that cannot be opened is a matter of the configuration."""
+    try:
+        yield
+    except _native.NativeError as e:
+        raise ConfigError(f"{field}: found {found!r}: {e.args[1]}") from e

@@ -1,0 +1,128 @@
+"""What the process serves at this moment, and how it stops: shared by the control plane, the metrics and the main loop."""
+
+from __future__ import annotations
+
+import enum
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from grpc_health.v1 import health, health_pb2
+
+from sidepool import _native
+from sidepool.wire.errors import Overloaded
+from sidepool.wire.plan import Plan
+
+CONTROL_SERVICE = "sidepool.v1.Sidecar"
+# How often a drain looks whether the last lookup has finished: far below what an operator notices, far above its cost.
+DRAIN_POLL_S = 0.005
+
+
+class State(enum.StrEnum):
+    """Life of a sidecar; only forwards."""
+
+    LOADING = "loading"
+    SERVING = "serving"
+    DRAINING = "draining"
+
+
+@dataclass(frozen=True)
+class Published:
+    """A plan with the table set that answers lookups under it."""
+
+    plan: Plan
+    tables: _native.TableSet
+
+
+class Serving:
+    """The state machine loading → serving → draining, with its health. Thread-safe; owns nothing but the health servicer."""
+
+    def __init__(self, name: str, server: _native.SidecarServer) -> None:
+        self.name = name
+        self.server = server
+        # Watch must not hold one of the few RPC threads for as long as a client watches.
+        self.health = health.HealthServicer(experimental_non_blocking=True)
+        self._lock = threading.Lock()
+        self._state = State.LOADING
+        self._published: Published | None = None
+        self._model: str | None = None
+        self._grpc_lookups = 0
+        self._set_health()
+
+    @property
+    def state(self) -> State:
+        return self._state
+
+    @property
+    def published(self) -> Published | None:
+        """What is being served, or None while loading."""
+        return self._published
+
+    def announce(self, model: str) -> None:
+        """Give `model`, which will be served, its own health service name."""
+        with self._lock:
+            if self._model not in (None, model):
+                self.health.set(self._model, health_pb2.HealthCheckResponse.SERVICE_UNKNOWN)
+            self._model = model
+            self._set_health()
+
+    def publish(self, published: Published) -> None:
+        """Serve `published` from the next lookup on, in place of whatever was served before."""
+        self.server.publish(published.tables)
+        self._published = published
+        self.announce(published.plan.model)
+
+    def open(self) -> None:
+        """Everything listens and tables are published: tell the world."""
+        with self._lock:
+            if self._state is State.LOADING:
+                self._state = State.SERVING
+                self._set_health()
+
+    def begin_drain(self) -> None:
+        """Refuse new lookups as retryable from now on; those in flight go on."""
+        with self._lock:
+            self._state = State.DRAINING
+            self._set_health()
+        self.server.drain()
+
+    def wait_idle(self, timeout_s: float, given_up: Callable[[], bool] = lambda: False) -> bool:
+        """Wait until no lookup is in flight; False when `timeout_s` has passed or `given_up()` is true first."""
+        deadline = time.monotonic() + timeout_s
+        while self.in_flight() > 0:
+            if given_up() or time.monotonic() >= deadline:
+                return False
+            time.sleep(DRAIN_POLL_S)
+        return True
+
+    def in_flight(self) -> int:
+        """Subrequests of all lanes that have been accepted and not yet answered."""
+        return self.server.in_flight() + self._grpc_lookups
+
+    def require_published(self) -> Published:
+        """What is being served; `Overloaded` (retryable) while loading."""
+        if self._published is None or self._state is State.LOADING:
+            raise Overloaded(f"sidecar {self.name!r} is still loading its shards")
+        return self._published
+
+    @contextmanager
+    def grpc_lookup(self) -> Iterator[None]:
+        """Count one lookup of the grpc lane as in flight (the engines do not see it); `Overloaded` when draining."""
+        with self._lock:
+            if self._state is State.DRAINING:
+                raise Overloaded(f"sidecar {self.name!r} is draining")
+            self._grpc_lookups += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._grpc_lookups -= 1
+
+    def _set_health(self) -> None:
+        healthy = health_pb2.HealthCheckResponse.SERVING
+        status = healthy if self._state is State.SERVING else health_pb2.HealthCheckResponse.NOT_SERVING
+        for service in ("", CONTROL_SERVICE, self._model):
+            if service is not None:
+                self.health.set(service, status)

@@ -1,0 +1,70 @@
+"""From a sidecar's shard directory to the table set its engines serve."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+from sidepool import _native
+from sidepool.wire.errors import PlanError
+from sidepool.wire.plan import Plan
+from sidepool.wire.shard_reader import build_table_set, locate, shards_of, verify_checksum
+from sidepool.wire.shards import ShardFile, load_manifest
+
+# Checksumming is memory- and disk-bound: beyond this many threads neither gets faster.
+MAX_VERIFY_THREADS = 16
+
+
+class LoadCancelled(Exception):
+    """The load was given up because the process is asked to stop."""
+
+
+def load_tables(
+    plan: Plan,
+    name: str,
+    directory: Path,
+    *,
+    verify: bool = True,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> _native.TableSet:
+    """Check what `plan` places on the sidecar `name` against `directory`, and map it (read-only, not copied).
+
+    `progress(bytes verified, bytes in all)` is called from the calling thread after every file; `cancelled` is asked
+    as often, and true raises `LoadCancelled`. Raises `PlanError` (plan and manifest disagree) and `ShardCorrupt`.
+    """
+    if name not in plan.sidecar_index:
+        raise PlanError(f"sidecar {name!r} is not in the plan; allowed: one of {sorted(plan.sidecar_index)}")
+    found = load_manifest(directory).sidecar
+    if found != name:
+        raise PlanError(f"{directory}: shards of sidecar {found!r}; allowed: {name!r} (the name in the configuration)")
+    if verify:
+        _verify(plan, directory, progress, cancelled)
+    return build_table_set(plan, [directory], verify=False)
+
+
+def _verify(plan: Plan, directory: Path, progress: Callable[[int, int], None], cancelled: Callable[[], bool]) -> None:
+    """Compare the checksums of all files, several at a time, the largest first so that none is waited for at the end."""
+
+    def check(shard: ShardFile) -> int:
+        if cancelled():
+            raise LoadCancelled
+        path, offset = locate(directory, shard)
+        verify_checksum(path, offset, shard)
+        return sizes[shard.table]
+
+    shards = list(shards_of(plan, directory))
+    sizes = {s.table: plan.tables[plan.table_index[s.table]].bytes for s in shards}
+    shards.sort(key=lambda s: -sizes[s.table])
+    done, total = 0, sum(sizes.values())
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, MAX_VERIFY_THREADS), thread_name_prefix="verify") as pool:
+        checks = [pool.submit(check, shard) for shard in shards]
+        try:
+            for finished in as_completed(checks):
+                done += finished.result()
+                progress(done, total)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
