@@ -15,9 +15,12 @@ enum class Pooling : uint8_t { sum = 0, mean = 1, max = 2, none = 3 };
 enum class RowFormat : uint8_t { fp32 = 0, fp16 = 1 };
 enum class OutOfRange : uint8_t { error = 0, zero = 1, default_row = 2, hash = 3 };
 
-Pooling parse_pooling(const std::string& name);          // Error(rejected) on an unknown name
+Pooling parse_pooling(const std::string& name);  // Error(rejected) on an unknown name
 RowFormat parse_row_format(const std::string& name);
 OutOfRange parse_out_of_range(const std::string& name);
+
+constexpr int32_t kMaxDim = 4096;               // as wire/plan.py
+constexpr int64_t kMaxRows = int64_t(1) << 48;  // as wire/plan.py; with kMaxDim no byte count overflows 63 bits
 
 constexpr size_t row_bytes(RowFormat format, int32_t dim) { return size_t(dim) * (format == RowFormat::fp32 ? 4 : 2); }
 
@@ -46,7 +49,7 @@ struct BagInput {
   const int32_t* lengths = nullptr;  // null: every bag has fixed_length ids
   int32_t fixed_length = 1;
   int32_t batch = 0;
-  const float* weights = nullptr;    // null: unweighted
+  const float* weights = nullptr;  // null: unweighted
 };
 
 struct PoolCounts {
@@ -61,12 +64,19 @@ class TableSet {
   TableSet(const TableSet&) = delete;
   TableSet& operator=(const TableSet&) = delete;
 
+  // Set-up calls throw Error: plan (an index, shape or row outside what is allowed), shard (a file that cannot be
+  // opened or is too short), internal (out of memory).
+
+  // Maps rows `[rows, dim]` at byte `offset` of a file, read-only. The file must not shrink while the set lives.
   void add_file(int32_t table, const std::string& path, int64_t offset, int64_t rows, int32_t dim, RowFormat format,
                 OutOfRange policy, int64_t default_row);
+  // Copies rows into anonymous memory with huge pages.
   void add_copy(int32_t table, const void* data, int64_t rows, int32_t dim, RowFormat format, OutOfRange policy,
                 int64_t default_row);
   void add_feature(int32_t feature, int32_t table, Pooling pooling, bool weighted);
   void seal();
+  // Copies every mapped table into huge pages while lookups go on; returns bytes copied. One thread at a time, not
+  // while the set is being destroyed.
   int64_t promote();
 
   int64_t epoch() const { return epoch_; }
@@ -80,6 +90,9 @@ class TableSet {
 
  private:
   struct Region;  // one mapping: address, length, whether it is file-backed
+  Table& describe(int32_t index, int64_t rows, int32_t dim, RowFormat format, OutOfRange policy, int64_t default_row);
+  const std::byte* copy_to_huge(int32_t index, const void* data, size_t bytes);
+
   int64_t epoch_;
   int32_t table_count_;
   std::unique_ptr<Table[]> tables_;
@@ -90,9 +103,15 @@ class TableSet {
 };
 
 // Pool one feature: `out` gets `[batch, dim]` fp32 rows `out_stride` floats apart (for `none`: `[value_count, dim]`).
-// Empty bags give zeros (torch's embedding_bag). Weights apply to sum and to mean (Σ w·row ÷ Σ w is NOT torch's: mean of
-// w·row over the count). Under policy `error` the first bad id stops with Status::rejected, id_out_of_range, bag, id.
-// Lengths that are negative or do not add up stop with Status::rejected as well; nothing outside `out` is ever written.
+// Rows are added in the order of their ids. Empty bags give zeros (torch's embedding_bag); a `sum` bag of one id is an
+// exact copy of its row.
+// Weights multiply the rows of sum and mean, and mean divides by the number of ids: Σ w·row ÷ count (not ÷ Σ w). max
+// and none ignore them.
+// Under policy `error` the first bad id stops with Status::rejected, id_out_of_range, bag, id. Under `zero` a bad id is
+// as if it were absent: it adds nothing to sum, does not count for mean, cannot win max; `none` gives a row of zeros.
+// Lengths that are negative or do not add up stop with Status::rejected as well; nothing outside `out` is ever written,
+// and what a stopped call left in `out` is unspecified. A table that was never added gives Status::internal.
+// `Fault::feature` is left to the caller. No allocation, lock or system call.
 Fault pool_feature(const Table& table, Pooling pooling, const BagInput& input, float* out, int64_t out_stride,
                    PoolCounts& counts);
 
@@ -105,7 +124,7 @@ int64_t hashed_row(int64_t id, int64_t rows);
 // SIMD levels: "avx512", "avx2", "neon", "scalar".
 std::string simd_level();
 std::vector<std::string> simd_levels();
-void force_simd_level(const std::string& level);  // Error(plan→ConfigError side) where it cannot run
+void force_simd_level(const std::string& level);  // Error(plan) where it cannot run
 
 // CRC-32C (Castagnoli), hardware where there is some. `seed` is the CRC so far.
 uint32_t crc32c(const void* data, size_t bytes, uint32_t seed = 0);

@@ -1,0 +1,347 @@
+// Pooling, once for every SIMD level: a level's file defines `Vector` (loads, stores, one lane-wise max and fma) and
+// calls pool<Vector>. Everything here has internal linkage, see kernels.hpp.
+//
+// Ids, lengths and weights may lie in memory that a peer can write at any moment. Each word is read exactly once, into
+// a register, checked there, and only the checked register is used.
+#pragma once
+#include "kernels.hpp"
+
+namespace sidepool::kernels {
+namespace {
+
+template <class T>
+inline T read_once(const T* p) {
+  T word;
+  __atomic_load(p, &word, __ATOMIC_RELAXED);
+  return word;
+}
+
+// Turns ids into row addresses a fixed distance ahead of their use, across bags, and starts fetching the rows.
+// An address is null where the id is outside the table and no row stands for it.
+class RowStream {
+ public:
+  explicit RowStream(Task& task)
+      : task_(task),
+        values_(task.values),
+        count_(task.value_count),
+        base_(task.base),
+        rows_(uint64_t(task.rows)),
+        row_bytes_(task.row_bytes),
+        ahead_(rows_ahead(task.row_bytes)),
+        lines_(lines_per_row(task.base, task.row_bytes)) {
+    const int64_t first = count_ < ahead_ ? count_ : ahead_;
+    for (int64_t i = 0; i < first; ++i) resolve(i);
+  }
+
+  // The row of id `i`; call with 0, 1, 2, … only, below value_count.
+  inline const std::byte* take(int64_t i) {
+    const std::byte* row = ring_[i & kMask];
+    if (i + ahead_ < count_) resolve(i + ahead_);
+    return row;
+  }
+
+ private:
+  static constexpr int64_t kMask = kMaxRowsAhead - 1;
+  static_assert((kMaxRowsAhead & kMask) == 0, "the ring's size is a power of two");
+
+  inline void resolve(int64_t i) {
+    const int64_t id = read_once(values_ + i);
+    if (uint64_t(id) < rows_) [[likely]] {
+      const std::byte* row = base_ + id * row_bytes_;
+      prefetch_row(row, lines_);
+      ring_[i & kMask] = row;
+    } else {
+      ring_[i & kMask] = stand_in_row(task_, id);
+    }
+  }
+
+  Task& task_;
+  const int64_t* const values_;
+  const int64_t count_;
+  const std::byte* const base_;
+  const uint64_t rows_;
+  const int64_t row_bytes_;
+  const int64_t ahead_;
+  const int64_t lines_;
+  const std::byte* ring_[kMaxRowsAhead];
+};
+
+template <class Vector>
+struct Fp32 {
+  static inline auto load(const std::byte* row, int64_t column) { return Vector::load(row + column * 4); }
+  static inline auto load_part(const std::byte* row, int64_t column, int64_t n) {
+    return Vector::load_part(row + column * 4, n);
+  }
+};
+
+template <class Vector>
+struct Fp16 {
+  static inline auto load(const std::byte* row, int64_t column) { return Vector::load_half(row + column * 2); }
+  static inline auto load_part(const std::byte* row, int64_t column, int64_t n) {
+    return Vector::load_half_part(row + column * 2, n);
+  }
+};
+
+// How rows are combined. The first row of a bag starts the accumulator (no "0 +"): a bag of one id is an exact copy.
+template <class Vector>
+struct Sum {
+  using Float = typename Vector::Float;
+  static constexpr bool weighted = false;
+  static inline Float first(Float row, float) { return row; }
+  static inline Float next(Float sum, Float row, float) { return sum + row; }
+};
+
+template <class Vector>
+struct WeightedSum {
+  using Float = typename Vector::Float;
+  static constexpr bool weighted = true;
+  static inline Float first(Float row, float weight) { return row * Vector::broadcast(weight); }
+  static inline Float next(Float sum, Float row, float weight) {
+    return Vector::multiply_add(row, Vector::broadcast(weight), sum);
+  }
+};
+
+// As torch: `row > best ? row : best`, so a NaN in the first row stays and a later one is passed over.
+template <class Vector>
+struct Max {
+  using Float = typename Vector::Float;
+  static constexpr bool weighted = false;
+  static inline Float first(Float row, float) { return row; }
+  static inline Float next(Float best, Float row, float) { return Vector::greater(row, best); }
+};
+
+template <class Vector>
+inline void store_zeros(float* out, int64_t dim) {
+  const auto zero = Vector::broadcast(0.0f);
+  int64_t c = 0;
+  for (; c + Vector::width <= dim; c += Vector::width) Vector::store(out + c, zero);
+  if (c < dim) Vector::store_part(out + c, zero, dim - c);
+}
+
+inline void refuse(Task& task, Reason reason, int64_t bag, int64_t value) {
+  task.reason = reason;
+  task.bag = bag;
+  task.value = value;
+}
+
+// The ids of one bag, walked once.
+struct Bag {
+  int64_t index;
+  int64_t next;  // position of the next id among the values
+  int64_t end;
+};
+
+// The next row of the bag, null at its end or, with task.reason set, at an id that is refused.
+inline const std::byte* next_row(Task& task, RowStream& rows, Bag& bag, int64_t& absent) {
+  while (bag.next < bag.end) {
+    const std::byte* row = rows.take(bag.next++);
+    if (row != nullptr) [[likely]]
+      return row;
+    if (task.policy == OutOfRange::error) {
+      refuse(task, Reason::id_out_of_range, bag.index, task.first_bad_id);
+      return nullptr;
+    }
+    ++absent;
+  }
+  return nullptr;
+}
+
+// Pools bags whose accumulators, N whole vectors, stay in registers.
+template <class Vector, class Format, class Combine, int N>
+struct InRegisters {
+  static void pool(Task& task, RowStream& rows, Bag& bag, float* out, int64_t& absent) {
+    using Float = typename Vector::Float;
+    const float* const weights = task.weights;
+    const int64_t begin = bag.next;
+    const int64_t absent_before = absent;
+    const std::byte* row = next_row(task, rows, bag, absent);
+    if (row == nullptr) {
+      if (task.reason == Reason::none) store_zeros<Vector>(out, N * Vector::width);
+      return;
+    }
+    Float sum[N];
+    float weight = Combine::weighted ? read_once(weights + bag.next - 1) : 1.0f;
+    for (int v = 0; v < N; ++v) sum[v] = Combine::first(Format::load(row, v * Vector::width), weight);
+    while ((row = next_row(task, rows, bag, absent)) != nullptr) {
+      if constexpr (Combine::weighted) weight = read_once(weights + bag.next - 1);
+      for (int v = 0; v < N; ++v) sum[v] = Combine::next(sum[v], Format::load(row, v * Vector::width), weight);
+    }
+    const int64_t count = (bag.end - begin) - (absent - absent_before);
+    if (task.pooling == Pooling::mean && count > 1) {
+      const Float divisor = Vector::broadcast(float(count));
+      for (int v = 0; v < N; ++v) sum[v] = sum[v] / divisor;
+    }
+    for (int v = 0; v < N; ++v) Vector::store(out + v * Vector::width, sum[v]);
+  }
+};
+
+// Pools bags of any dim: a group of rows at a time over blocks of columns, with the running result in `out`.
+template <class Vector, class Format, class Combine>
+struct InBlocks {
+  using Float = typename Vector::Float;
+  static constexpr int64_t kGroup = 8;  // rows per pass over `out`: its loads and stores cost 1/8 of the rows' loads
+  static constexpr int kBlock = 4;      // vectors per block: four chains hide the latency of an addition
+
+  struct Group {
+    const std::byte* rows[kGroup];
+    float weights[kGroup];
+    int64_t size;
+    bool first;
+  };
+
+  static void pool(Task& task, RowStream& rows, Bag& bag, float* out, int64_t& absent) {
+    int64_t count = 0;
+    for (;;) {
+      Group group;
+      group.size = 0;
+      group.first = count == 0;
+      while (group.size < kGroup) {
+        const std::byte* row = next_row(task, rows, bag, absent);
+        if (row == nullptr) break;
+        group.rows[group.size] = row;
+        if constexpr (Combine::weighted) group.weights[group.size] = read_once(task.weights + bag.next - 1);
+        ++group.size;
+      }
+      if (task.reason != Reason::none) return;
+      if (group.size == 0) break;
+      add_group(group, out, task.dim);
+      count += group.size;
+    }
+    if (count == 0) store_zeros<Vector>(out, task.dim);
+    if (task.pooling == Pooling::mean && count > 1) divide(out, task.dim, float(count));
+  }
+
+  static void add_group(const Group& group, float* out, int64_t dim) {
+    int64_t c = 0;
+    for (; c + kBlock * Vector::width <= dim; c += kBlock * Vector::width) add_block<kBlock>(group, out, c);
+    for (; c + Vector::width <= dim; c += Vector::width) add_block<1>(group, out, c);
+    if (c == dim) return;
+    const int64_t n = dim - c;
+    Float sum = group.first ? Combine::first(Format::load_part(group.rows[0], c, n), weight(group, 0))
+                            : Vector::load_part(reinterpret_cast<const std::byte*>(out + c), n);
+    for (int64_t r = group.first ? 1 : 0; r < group.size; ++r) {
+      sum = Combine::next(sum, Format::load_part(group.rows[r], c, n), weight(group, r));
+    }
+    Vector::store_part(out + c, sum, n);
+  }
+
+  template <int N>
+  static inline void add_block(const Group& group, float* out, int64_t c) {
+    Float sum[N];
+    for (int v = 0; v < N; ++v) {
+      const int64_t column = c + v * Vector::width;
+      sum[v] = group.first ? Combine::first(Format::load(group.rows[0], column), weight(group, 0))
+                           : Vector::load(reinterpret_cast<const std::byte*>(out + column));
+    }
+    for (int64_t r = group.first ? 1 : 0; r < group.size; ++r) {
+      for (int v = 0; v < N; ++v) {
+        sum[v] = Combine::next(sum[v], Format::load(group.rows[r], c + v * Vector::width), weight(group, r));
+      }
+    }
+    for (int v = 0; v < N; ++v) Vector::store(out + c + v * Vector::width, sum[v]);
+  }
+
+  static inline float weight(const Group& group, int64_t r) {
+    if constexpr (Combine::weighted) return group.weights[r];
+    return 1.0f;
+  }
+
+  static void divide(float* out, int64_t dim, float count) {
+    const Float divisor = Vector::broadcast(count);
+    int64_t c = 0;
+    for (; c + Vector::width <= dim; c += Vector::width) {
+      Vector::store(out + c, Vector::load(reinterpret_cast<const std::byte*>(out + c)) / divisor);
+    }
+    if (c == dim) return;
+    const Float part = Vector::load_part(reinterpret_cast<const std::byte*>(out + c), dim - c);
+    Vector::store_part(out + c, part / divisor, dim - c);
+  }
+};
+
+// Pooling `none`: every id gives one row, at the id's own position in the output.
+template <class Vector, class Format>
+struct Unpooled {
+  static void pool(Task& task, RowStream& rows, Bag& bag, float*, int64_t& absent) {
+    while (bag.next < bag.end) {
+      float* out = task.out + bag.next * task.out_stride;
+      Bag one{bag.index, bag.next, bag.next + 1};
+      const std::byte* row = next_row(task, rows, one, absent);
+      if (task.reason != Reason::none) return;
+      ++bag.next;
+      if (row == nullptr) {
+        store_zeros<Vector>(out, task.dim);
+      } else {
+        copy(row, out, task.dim);
+      }
+    }
+  }
+
+  static inline void copy(const std::byte* row, float* out, int64_t dim) {
+    int64_t c = 0;
+    for (; c + Vector::width <= dim; c += Vector::width) Vector::store(out + c, Format::load(row, c));
+    if (c < dim) Vector::store_part(out + c, Format::load_part(row, c, dim - c), dim - c);
+  }
+};
+
+// Walks the bags: every length is read once and checked against the values that are left.
+template <class Pooler>
+void pool_bags(Task& task) {
+  RowStream rows(task);
+  const int32_t* const lengths = task.lengths;
+  int64_t position = 0;
+  int64_t absent = 0;
+  for (int64_t b = 0; b < task.batch && task.reason == Reason::none; ++b) {
+    const int64_t length = lengths != nullptr ? read_once(lengths + b) : task.fixed_length;
+    if (length < 0) [[unlikely]] {
+      refuse(task, Reason::negative_length, b, length);
+    } else if (length > task.value_count - position) [[unlikely]] {
+      refuse(task, Reason::lengths_exceed_values, b, task.value_count);
+    } else {
+      Bag bag{b, position, position + length};
+      Pooler::pool(task, rows, bag, task.out + b * task.out_stride, absent);
+      position = bag.next;
+    }
+  }
+  if (task.reason == Reason::none && position < task.value_count) {
+    refuse(task, Reason::values_left_over, -1, task.value_count - position);
+  }
+  const int64_t refused = task.reason == Reason::id_out_of_range ? 1 : 0;
+  task.rows_read = position - absent - refused;
+}
+
+template <class Vector, class Format, class Combine>
+void pool_by_dim(Task& task) {
+  // The widths that trained models use. Eight accumulators fit every level's registers; 32 registers take sixteen.
+  constexpr int64_t w = Vector::width;
+  if (task.dim == w) return pool_bags<InRegisters<Vector, Format, Combine, 1>>(task);
+  if (task.dim == 2 * w) return pool_bags<InRegisters<Vector, Format, Combine, 2>>(task);
+  if (task.dim == 4 * w) return pool_bags<InRegisters<Vector, Format, Combine, 4>>(task);
+  if (task.dim == 8 * w) return pool_bags<InRegisters<Vector, Format, Combine, 8>>(task);
+  if constexpr (Vector::registers >= 32) {
+    if (task.dim == 16 * w) return pool_bags<InRegisters<Vector, Format, Combine, 16>>(task);
+  }
+  pool_bags<InBlocks<Vector, Format, Combine>>(task);
+}
+
+template <class Vector, class Format>
+void pool_by_mode(Task& task) {
+  switch (task.pooling) {
+    case Pooling::sum:
+    case Pooling::mean:
+      if (task.weights != nullptr) return pool_by_dim<Vector, Format, WeightedSum<Vector>>(task);
+      return pool_by_dim<Vector, Format, Sum<Vector>>(task);
+    case Pooling::max:
+      return pool_by_dim<Vector, Format, Max<Vector>>(task);
+    case Pooling::none:
+      return pool_bags<Unpooled<Vector, Format>>(task);
+  }
+}
+
+template <class Vector>
+void pool(Task& task) {
+  if (task.format == RowFormat::fp32) return pool_by_mode<Vector, Fp32<Vector>>(task);
+  pool_by_mode<Vector, Fp16<Vector>>(task);
+}
+
+}  // namespace
+}  // namespace sidepool::kernels

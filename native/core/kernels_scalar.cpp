@@ -1,0 +1,63 @@
+// Kernels for any machine: generic vectors of four that the compiler lowers to what the baseline has.
+#include "kernels_impl.hpp"
+
+namespace sidepool::kernels {
+namespace {
+
+struct Scalar {
+  using Float = float __attribute__((vector_size(16)));
+  static constexpr int64_t width = 4;
+  static constexpr int registers = 16;
+
+  static inline Float broadcast(float x) { return Float{x, x, x, x}; }
+  static inline Float load(const std::byte* p) {
+    Float x;
+    __builtin_memcpy(&x, p, sizeof x);
+    return x;
+  }
+  static inline Float load_part(const std::byte* p, int64_t n) {
+    Float x{};
+    __builtin_memcpy(&x, p, size_t(n) * 4);
+    return x;
+  }
+  static inline Float load_half(const std::byte* p) { return load_half_part(p, width); }
+  static inline Float load_half_part(const std::byte* p, int64_t n) {
+    uint16_t halves[4] = {};
+    __builtin_memcpy(halves, p, size_t(n) * 2);
+    return Float{widen(halves[0]), widen(halves[1]), widen(halves[2]), widen(halves[3])};
+  }
+  static inline void store(float* p, Float x) { __builtin_memcpy(p, &x, sizeof x); }
+  static inline void store_part(float* p, Float x, int64_t n) { __builtin_memcpy(p, &x, size_t(n) * 4); }
+  static inline Float greater(Float a, Float b) {
+    for (int i = 0; i < int(width); ++i) a[i] = a[i] > b[i] ? a[i] : b[i];
+    return a;
+  }
+  static inline Float multiply_add(Float a, Float b, Float c) { return a * b + c; }
+
+ private:
+  // IEEE 754 binary16 → binary32, exact. A subnormal goes through an integer: correct even where the thread flushes
+  // subnormal floats to zero. A signalling NaN becomes quiet, as the hardware conversions do it.
+  static inline float widen(uint16_t half) {
+    const uint32_t sign = uint32_t(half & 0x8000) << 16;
+    const uint32_t magnitude = half & 0x7fff;
+    uint32_t bits;
+    if (magnitude < 0x0400) {
+      const float subnormal = float(int32_t(magnitude)) * 0x1p-24f;
+      __builtin_memcpy(&bits, &subnormal, sizeof bits);
+    } else if (magnitude < 0x7c00) {
+      bits = (magnitude << 13) + (112u << 23);
+    } else {
+      bits = 0x7f800000 | (magnitude << 13) | (magnitude > 0x7c00 ? 0x00400000 : 0);
+    }
+    bits |= sign;
+    float x;
+    __builtin_memcpy(&x, &bits, sizeof x);
+    return x;
+  }
+};
+
+}  // namespace
+
+void pool_scalar(Task& task) { pool<Scalar>(task); }
+
+}  // namespace sidepool::kernels

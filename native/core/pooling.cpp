@@ -1,0 +1,162 @@
+// Which kernel pools a feature, and what an id outside its table stands for.
+#include <algorithm>
+
+#include "kernels.hpp"
+#include "tables.hpp"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace sidepool {
+namespace {
+
+struct Level {
+  const char* name;
+  bool (*runs_here)();
+  kernels::PoolKernel pool;
+};
+
+#if defined(__x86_64__)
+// Not every compiler that we support knows "f16c" in __builtin_cpu_supports.
+bool has_f16c() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
+}
+
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") &&
+         has_f16c();
+}
+
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+#endif
+
+// Best first.
+constexpr Level kLevels[] = {
+#if defined(__x86_64__)
+    {"avx512", has_avx512, kernels::pool_avx512},
+    {"avx2", has_avx2, kernels::pool_avx2},
+#elif defined(__aarch64__)
+    {"neon", [] { return true; }, kernels::pool_neon},
+#endif
+    {"scalar", [] { return true; }, kernels::pool_scalar},
+};
+
+std::atomic<const Level*> level_in_use{nullptr};
+
+// Threads that meet here for the first time detect the same level: no lock is needed.
+const Level& current_level() {
+  const Level* level = level_in_use.load(std::memory_order_acquire);
+  if (level != nullptr) [[likely]]
+    return *level;
+  const Level* best = kLevels;
+  while (!best->runs_here()) ++best;
+  level_in_use.compare_exchange_strong(level, best, std::memory_order_acq_rel);
+  return *level_in_use.load(std::memory_order_acquire);
+}
+
+}  // namespace
+
+// The finalizer of SplitMix64 (Steele, Lea, Flood 2014), then the remainder. Rows are what models were trained with:
+// never change it.
+int64_t hashed_row(int64_t id, int64_t rows) {
+  uint64_t h = uint64_t(id) + 0x9e3779b97f4a7c15;
+  h = (h ^ (h >> 30)) * 0xbf58476d1ce4e5b9;
+  h = (h ^ (h >> 27)) * 0x94d049bb133111eb;
+  h ^= h >> 31;
+  return int64_t(h % uint64_t(rows));
+}
+
+const std::byte* kernels::stand_in_row(Task& task, int64_t id) {
+  switch (task.policy) {
+    case OutOfRange::error:
+      // Ids are looked at ahead of their use: only the first bad one is reported and counted.
+      if (task.out_of_range == 0) task.first_bad_id = id;
+      task.out_of_range = 1;
+      return nullptr;
+    case OutOfRange::zero:
+      ++task.out_of_range;
+      return nullptr;
+    case OutOfRange::default_row:
+      ++task.out_of_range;
+      return task.base + task.default_row * task.row_bytes;
+    case OutOfRange::hash:
+      ++task.out_of_range;
+      return task.base + hashed_row(id, task.rows) * task.row_bytes;
+  }
+  return nullptr;
+}
+
+Fault pool_feature(const Table& table, Pooling pooling, const BagInput& input, float* out, int64_t out_stride,
+                   PoolCounts& counts) {
+  kernels::Task task{};
+  task.base = table.base.load(std::memory_order_acquire);
+  Fault fault;
+  if (task.base == nullptr) {
+    fault.status = Status::internal;
+    return fault;
+  }
+  task.rows = table.rows;
+  task.row_bytes = int64_t(row_bytes(table.format, table.dim));
+  task.dim = table.dim;
+  task.default_row = table.default_row;
+  task.values = input.values;
+  task.value_count = input.value_count;
+  task.lengths = input.lengths;
+  task.weights = input.weights;
+  task.out = out;
+  task.out_stride = out_stride;
+  task.fixed_length = input.fixed_length;
+  task.batch = input.batch;
+  task.format = table.format;
+  task.policy = table.policy;
+  task.pooling = pooling;
+  current_level().pool(task);
+  counts.rows_read += task.rows_read;
+  counts.out_of_range += task.out_of_range;
+  if (task.reason != Reason::none) {
+    fault.status = Status::rejected;
+    fault.reason = task.reason;
+    fault.bag = task.bag;
+    fault.value = task.value;
+  }
+  return fault;
+}
+
+void prefetch_feature(const Table& table, const BagInput& input) {
+  const std::byte* base = table.base.load(std::memory_order_acquire);
+  if (base == nullptr) return;
+  const int64_t bytes = int64_t(row_bytes(table.format, table.dim));
+  const int64_t lines = kernels::lines_per_row(base, bytes);
+  const int64_t count = std::min(input.value_count, kernels::rows_ahead(bytes));
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t id = __atomic_load_n(input.values + i, __ATOMIC_RELAXED);
+    if (uint64_t(id) < uint64_t(table.rows)) kernels::prefetch_row(base + id * bytes, lines);
+  }
+}
+
+std::string simd_level() { return current_level().name; }
+
+std::vector<std::string> simd_levels() {
+  std::vector<std::string> names;
+  for (const Level& level : kLevels) {
+    if (level.runs_here()) names.emplace_back(level.name);
+  }
+  return names;
+}
+
+void force_simd_level(const std::string& name) {
+  std::string allowed;
+  for (const Level& level : kLevels) {
+    if (!level.runs_here()) continue;
+    if (name == level.name) return level_in_use.store(&level, std::memory_order_release);
+    allowed += (allowed.empty() ? "" : ", ") + std::string(level.name);
+  }
+  throw Error(Status::plan, "SIMD level: found '" + name + "'; allowed on this machine: " + allowed);
+}
+
+}  // namespace sidepool

@@ -1,0 +1,203 @@
+// Where rows lie: files mapped read-only, or copies in anonymous memory with huge pages.
+#include "tables.hpp"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+#include <limits>
+
+#include "memory.hpp"
+
+namespace sidepool {
+namespace {
+
+constexpr size_t kHugePage = size_t(2) << 20;
+
+template <class Enum, size_t N>
+Enum parse_name(const char* what, const std::string& name, const char* const (&names)[N]) {
+  std::string allowed;
+  for (size_t i = 0; i < N; ++i) {
+    if (name == names[i]) return Enum(i);
+    allowed += (i == 0 ? "" : ", ") + std::string(names[i]);
+  }
+  throw Error(Status::rejected, std::string(what) + ": found '" + name + "'; allowed: " + allowed);
+}
+
+[[noreturn]] void fail_os(const std::string& what) {
+  throw Error(Status::internal, what + ": " + std::strerror(errno));
+}
+
+size_t round_up(size_t bytes, size_t unit) { return (bytes + unit - 1) / unit * unit; }
+
+size_t page_bytes() { return size_t(sysconf(_SC_PAGESIZE)); }
+
+// Anonymous memory at a 2 MiB boundary, advised for huge pages. Whole huge pages from 2 MiB on, so that a table's tail
+// has one too; smaller tables take small pages, else a thousand tiny tables would cost 2 GB. `bytes` becomes the
+// length.
+std::byte* map_huge(size_t& bytes) {
+  bytes = round_up(bytes, bytes >= kHugePage ? kHugePage : page_bytes());
+  const size_t reserved = bytes + kHugePage;
+  void* mapped = mmap(nullptr, reserved, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (mapped == MAP_FAILED) fail_os("cannot map " + std::to_string(reserved) + " bytes of memory");
+  auto* start = static_cast<std::byte*>(mapped);
+  const size_t before = round_up(uintptr_t(start), kHugePage) - uintptr_t(start);
+  const size_t after = reserved - before - bytes;
+  if (before > 0) munmap(start, before);
+  if (after > 0) munmap(start + before + bytes, after);
+  // A kernel without transparent huge pages refuses the advice; small pages are slower, not wrong.
+  madvise(start + before, bytes, MADV_HUGEPAGE);
+  return start + before;
+}
+
+}  // namespace
+
+Pooling parse_pooling(const std::string& name) {
+  return parse_name<Pooling>("pooling", name, {"sum", "mean", "max", "none"});
+}
+
+RowFormat parse_row_format(const std::string& name) {
+  return parse_name<RowFormat>("row_format", name, {"fp32", "fp16"});
+}
+
+OutOfRange parse_out_of_range(const std::string& name) {
+  return parse_name<OutOfRange>("out_of_range", name, {"error", "zero", "default_row", "hash"});
+}
+
+struct TableSet::Region {
+  std::byte* address;
+  size_t length;
+  int32_t table;
+  bool file_backed;
+};
+
+TableSet::TableSet(int64_t epoch, int32_t tables, int32_t features)
+    : epoch_(epoch), table_count_(tables), tables_(new Table[size_t(tables)]), features_(size_t(features)) {}
+
+TableSet::~TableSet() {
+  for (const Region& region : regions_) munmap(region.address, region.length);
+}
+
+Table& TableSet::describe(int32_t index, int64_t rows, int32_t dim, RowFormat format, OutOfRange policy,
+                          int64_t default_row) {
+  const std::string where = "table " + std::to_string(index);
+  const auto refuse = [&](const std::string& problem) { throw Error(Status::plan, where + ": " + problem); };
+  if (sealed_) refuse("added after the set was sealed");
+  if (index < 0 || index >= table_count_) refuse("index allowed: 0 to " + std::to_string(table_count_ - 1));
+  Table& table = tables_[size_t(index)];
+  if (table.base.load(std::memory_order_relaxed) != nullptr) refuse("added twice");
+  if (dim < 1 || dim > kMaxDim) {
+    refuse("dim: found " + std::to_string(dim) + "; allowed: 1 to " + std::to_string(kMaxDim));
+  }
+  if (rows < 1 || rows > kMaxRows) {
+    refuse("rows: found " + std::to_string(rows) + "; allowed: 1 to " + std::to_string(kMaxRows));
+  }
+  if (default_row < 0 || default_row >= rows) {
+    refuse("default_row: found " + std::to_string(default_row) + "; allowed: 0 to " + std::to_string(rows - 1));
+  }
+  table.rows = rows;
+  table.dim = dim;
+  table.format = format;
+  table.policy = policy;
+  table.default_row = default_row;
+  return table;
+}
+
+void TableSet::add_file(int32_t index, const std::string& path, int64_t offset, int64_t rows, int32_t dim,
+                        RowFormat format, OutOfRange policy, int64_t default_row) {
+  Table& table = describe(index, rows, dim, format, policy, default_row);
+  const size_t bytes = size_t(rows) * row_bytes(format, dim);
+  const Fd fd(open(path.c_str(), O_RDONLY | O_CLOEXEC));
+  struct stat info;
+  if (!fd || fstat(fd.get(), &info) != 0) {
+    throw Error(Status::shard, path + ": " + std::strerror(errno));
+  }
+  if (offset < 0 || offset > info.st_size || bytes > size_t(info.st_size - offset)) {
+    throw Error(Status::shard, path + ": found " + std::to_string(info.st_size) + " bytes; allowed: at least " +
+                                   std::to_string(bytes) + " from byte " + std::to_string(offset));
+  }
+  const size_t lead = size_t(offset) % page_bytes();
+  regions_.reserve(regions_.size() + 1);
+  void* mapped = mmap(nullptr, lead + bytes, PROT_READ, MAP_SHARED, fd.get(), off_t(size_t(offset) - lead));
+  if (mapped == MAP_FAILED) fail_os("cannot map " + path);
+  auto* address = static_cast<std::byte*>(mapped);
+  regions_.push_back({address, lead + bytes, index, true});
+  table.base.store(address + lead, std::memory_order_release);
+}
+
+void TableSet::add_copy(int32_t index, const void* data, int64_t rows, int32_t dim, RowFormat format, OutOfRange policy,
+                        int64_t default_row) {
+  Table& table = describe(index, rows, dim, format, policy, default_row);
+  table.base.store(copy_to_huge(index, data, size_t(rows) * row_bytes(format, dim)), std::memory_order_release);
+}
+
+const std::byte* TableSet::copy_to_huge(int32_t index, const void* data, size_t bytes) {
+  regions_.reserve(regions_.size() + 1);
+  size_t length = bytes;
+  std::byte* copy = map_huge(length);
+  regions_.push_back({copy, length, index, false});
+  std::memcpy(copy, data, bytes);
+  huge_bytes_.fetch_add(int64_t(bytes), std::memory_order_relaxed);
+  return copy;
+}
+
+void TableSet::add_feature(int32_t index, int32_t table, Pooling pooling, bool weighted) {
+  const std::string where = "feature " + std::to_string(index);
+  if (sealed_) throw Error(Status::plan, where + ": added after the set was sealed");
+  if (index < 0 || index >= feature_count()) {
+    throw Error(Status::plan, where + ": index allowed: 0 to " + std::to_string(feature_count() - 1));
+  }
+  if (table < -1 || table >= table_count_) {
+    throw Error(Status::plan, where + ": table: found " + std::to_string(table) + "; allowed: -1 (not held here) to " +
+                                  std::to_string(table_count_ - 1));
+  }
+  if (weighted && pooling != Pooling::sum && pooling != Pooling::mean) {
+    throw Error(Status::plan, where + ": weighted: found with pooling max or none; allowed with: sum, mean");
+  }
+  features_[size_t(index)] = {table, pooling, weighted};
+}
+
+void TableSet::seal() {
+  for (size_t i = 0; i < features_.size(); ++i) {
+    const int32_t table = features_[i].table;
+    if (table >= 0 && tables_[size_t(table)].base.load(std::memory_order_relaxed) == nullptr) {
+      throw Error(Status::plan, "feature " + std::to_string(i) + ": table " + std::to_string(table) + " was not added");
+    }
+  }
+  sealed_ = true;
+}
+
+int64_t TableSet::promote() {
+  int64_t copied = 0;
+  const size_t mapped = regions_.size();
+  for (size_t i = 0; i < mapped; ++i) {
+    const Region file = regions_[i];
+    if (!file.file_backed) continue;
+    Table& table = tables_[size_t(file.table)];
+    const std::byte* base = table.base.load(std::memory_order_relaxed);
+    if (base < file.address || base >= file.address + file.length) continue;  // promoted by an earlier call
+    const size_t bytes = size_t(table.rows) * row_bytes(table.format, table.dim);
+    table.base.store(copy_to_huge(file.table, base, bytes), std::memory_order_release);
+    // Lookups may still read through the old base: the mapping stays, only its pages go; a late read faults them back.
+    madvise(file.address, file.length, MADV_DONTNEED);
+    copied += int64_t(bytes);
+  }
+  return copied;
+}
+
+int64_t TableSet::bytes() const {
+  int64_t sum = 0;
+  for (int32_t i = 0; i < table_count_; ++i) {
+    const Table& table = tables_[size_t(i)];
+    if (table.base.load(std::memory_order_relaxed) == nullptr) continue;
+    sum += table.rows * int64_t(row_bytes(table.format, table.dim));
+  }
+  return sum;
+}
+
+int64_t TableSet::huge_bytes() const { return huge_bytes_.load(std::memory_order_relaxed); }
+
+}  // namespace sidepool
