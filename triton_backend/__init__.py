@@ -6,7 +6,10 @@ initialises anything (auto-complete of the configuration), so nothing heavy is i
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sidepool.triton_backend.ranker import Ranker
 
 __all__ = ["TritonPythonModel"]
 
@@ -21,7 +24,7 @@ class TritonPythonModel:
 
         from sidepool.triton_backend.settings import read_settings
 
-        self._ranker = Ranker(read_settings(args), pb_utils)
+        self._ranker: Ranker = Ranker(read_settings(args), pb_utils)
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Score many requests in one lookup and one forward pass; one response per request, in order."""
