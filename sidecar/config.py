@@ -66,7 +66,7 @@ class Listen(_Documented):
     """Where the sidecar listens. Only loopback unless another address is written down: the data lanes carry no encryption."""
 
     grpc: Endpoint = "127.0.0.1:50151"
-    """Control plane and grpc lane, `host:port`. 50151 is free in IANA's list and beside gRPC's customary 50051."""
+    """Control plane and grpc lane, `host:port`. 50151 is nobody's assigned port and lies beside gRPC's customary 50051."""
     tcp: Endpoint | None = "127.0.0.1:0"
     """The tcp lane, `host:port`; null switches it off. Port 0 takes any free one: rankers learn it through `Connect`."""
     unix: SocketPath | None = None

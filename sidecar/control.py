@@ -18,7 +18,7 @@ from sidepool.sidecar.config import SidecarConfig, Tls, join_endpoint, split_end
 from sidepool.sidecar.grpc_errors import translated
 from sidepool.sidecar.serving import CONTROL_SERVICE, Serving, State
 from sidepool.wire import control_pb2, control_pb2_grpc
-from sidepool.wire.errors import ConfigError, Overloaded, PlanError
+from sidepool.wire.errors import ConfigError, FrameError, Overloaded, PlanError, Status
 from sidepool.wire.plan import Plan
 
 # Control calls are rare and short; what these threads are for is the grpc lane, which is bound by memory, not by threads.
@@ -33,6 +33,8 @@ TOKEN_TTL_S = 10.0
 TOKEN_BYTES = 16
 MAX_CLIENT_CHARACTERS = 128
 MAX_DRAIN_S = 3600.0
+# A response that carries no pooled vectors is one header; only such a one can report a bad frame.
+BARE_RESPONSE_BYTES = 128
 # Calls still open after the drain are health watches and stragglers; they get this long to see the end coming.
 STOP_GRACE_S = 0.2
 
@@ -108,8 +110,13 @@ class ControlServicer(control_pb2_grpc.SidecarServicer):
     @translated
     def Lookup(self, request: control_pb2.LookupFrame, context: grpc.ServicerContext) -> control_pb2.LookupFrames:
         self._serving.require_published()
-        with self._serving.grpc_lookup():
-            return control_pb2.LookupFrames(frames=self._serving.server.serve(request.frame))
+        frames = self._serving.server.serve(request.frame)
+        # Other outcomes belong to the ranker's router; bytes that are no frame belong to whoever wrote this call.
+        if len(frames) <= BARE_RESPONSE_BYTES and _native.inspect_frame(frames)["status"] == Status.FRAME:
+            most = self._config.request_slot_bytes
+            found = f"{len(request.frame)} bytes that are no request frame of wire version {_native.WIRE_VERSION}"
+            raise FrameError(f"frame: found {found}; allowed: one such frame of at most {most} bytes")
+        return control_pb2.LookupFrames(frames=frames)
 
     def _check_peer(self, request: control_pb2.ConnectRequest, plan: Plan) -> None:
         """Refuse a peer that could not be answered correctly, saying which side has what."""

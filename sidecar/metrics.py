@@ -61,7 +61,7 @@ class SidecarCollector(Collector):
         present = self._serving.state
         yield _gauge("state", "1 for the present state", {(str(s),): int(s is present) for s in State}, ["state"])
         yield _gauge("plan_epoch", "Plan epoch being served, 0 before the first", {(): stats["epoch"]}, [])
-        yield _gauge("in_flight", "Subrequests accepted and not yet answered", {(): self._serving.in_flight()}, [])
+        yield _gauge("in_flight", "Subrequests accepted and not yet answered", {(): self._serving.server.in_flight()}, [])
 
     def _tables(self, stats: dict[str, Any]) -> Iterator[Metric]:
         published = self._serving.published

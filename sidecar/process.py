@@ -140,10 +140,13 @@ class SidecarProcess:
         """Open the data lanes."""
         listen, addresses = self._config.listen, self._control.servicer.lane_addresses
         unix = listen.unix or str(stack.enter_context(private_directory()) / SOCKET_NAME)
+        if Path(unix).exists() and not Path(unix).is_socket():
+            raise ConfigError(
+                f"listen.unix: found {unix!r}, a file that is no socket; allowed: a new path, or a dead process's socket"
+            )
         with _as_config_error("listen.unix", unix):
             self._server.listen_unix(unix)
-        # The listener must be closed before its socket and directory go: callbacks run last in, first out.
-        stack.callback(Path(unix).unlink, missing_ok=True)
+        # Closing removes the socket, and must come before its directory goes: callbacks run last in, first out.
         stack.callback(self._server.close)
         addresses["shm"] = unix
         if listen.tcp is not None:
@@ -176,7 +179,7 @@ class SidecarProcess:
         self._serving.begin_drain()
         idle = self._serving.wait_idle(self._config.drain_timeout_s, given_up=lambda: self._stop_signals > 1)
         if not idle:
-            logs.error("drain given up", in_flight=self._serving.in_flight(), drain_timeout_s=self._config.drain_timeout_s)
+            logs.error("drain given up", in_flight=self._server.in_flight(), drain_timeout_s=self._config.drain_timeout_s)
 
 
 @contextlib.contextmanager

@@ -5,8 +5,7 @@ from __future__ import annotations
 import enum
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from grpc_health.v1 import health, health_pb2
@@ -48,7 +47,6 @@ class Serving:
         self._state = State.LOADING
         self._published: Published | None = None
         self._model: str | None = None
-        self._grpc_lookups = 0
         self._set_health()
 
     @property
@@ -91,34 +89,17 @@ class Serving:
     def wait_idle(self, timeout_s: float, given_up: Callable[[], bool] = lambda: False) -> bool:
         """Wait until no lookup is in flight; False when `timeout_s` has passed or `given_up()` is true first."""
         deadline = time.monotonic() + timeout_s
-        while self.in_flight() > 0:
+        while self.server.in_flight() > 0:
             if given_up() or time.monotonic() >= deadline:
                 return False
             time.sleep(DRAIN_POLL_S)
         return True
-
-    def in_flight(self) -> int:
-        """Subrequests of all lanes that have been accepted and not yet answered."""
-        return self.server.in_flight() + self._grpc_lookups
 
     def require_published(self) -> Published:
         """What is being served; `Overloaded` (retryable) while loading."""
         if self._published is None or self._state is State.LOADING:
             raise Overloaded(f"sidecar {self.name!r} is still loading its shards")
         return self._published
-
-    @contextmanager
-    def grpc_lookup(self) -> Iterator[None]:
-        """Count one lookup of the grpc lane as in flight (the engines do not see it); `Overloaded` when draining."""
-        with self._lock:
-            if self._state is State.DRAINING:
-                raise Overloaded(f"sidecar {self.name!r} is draining")
-            self._grpc_lookups += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._grpc_lookups -= 1
 
     def _set_health(self) -> None:
         healthy = health_pb2.HealthCheckResponse.SERVING
