@@ -110,3 +110,11 @@ def error_for(status: int, message: str) -> SidepoolError:
     except ValueError:
         return SidepoolError(f"unknown native status {status}: {message}")
     return _BY_STATUS.get(known, SidepoolError)(message)
+
+
+def error_with_code(code: str, message: str) -> SidepoolError:
+    """The exception whose stable `code` a peer sent; an unknown code becomes `SidepoolError`."""
+    return _BY_CODE.get(code, SidepoolError)(message)
+
+
+_BY_CODE: dict[str, type[SidepoolError]] = {kind.code: kind for kind in (SidepoolError, *SidepoolError.__subclasses__())}

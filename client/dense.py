@@ -1,0 +1,163 @@
+"""The dense half of a partitioned model, on the CPU or on one GPU. torch is imported when a graph is loaded."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sidepool.client.program import Program, load_program
+from sidepool.wire.errors import ConfigError, LookupRejected
+from sidepool.wire.model import FixedSource, ModelSpec
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+# Larger batches gain nothing from a captured graph: their kernels outlast their launches by far.
+MAX_CAPTURED_BATCH = 4096
+# Side-stream calls before a capture, so that lazily created handles and workspaces exist (torch's own examples use 3).
+WARMUP_CALLS = 3
+# Batch sizes up to the largest take 13 graphs; more than a few such sets means shapes that never come back.
+MAX_CAPTURED_GRAPHS = 64
+
+_log = logging.getLogger("sidepool.client")
+
+
+class DenseGraph:
+    """`dense.pt2`: pooled vectors, sequences and model inputs in, model outputs out. Used by one thread at a time.
+
+    On CUDA a call runs on a stream of its own. Where the batch is the only size that varies, whole batches of 1, 2, 4, …
+    are captured as CUDA graphs at first use; samples beyond the real batch are stale rows whose results are cut off,
+    which the cut allows because no operator behind it mixes samples.
+    """
+
+    def __init__(
+        self,
+        model: ModelSpec,
+        directory: Path,
+        *,
+        device: str = "cpu",
+        threads: int | None = None,
+        max_captured_batch: int = MAX_CAPTURED_BATCH,
+    ) -> None:
+        """Load the dense program of `model` from `directory` to `device` (`cpu`, `cuda`, `cuda:N`).
+
+        threads: torch's intra-op threads, for the whole process; None leaves torch's default.
+        max_captured_batch: largest CUDA graph; 0 captures none. Raises `ShardCorrupt` and `ConfigError`.
+        """
+        import torch
+
+        self._torch = torch
+        self.device = torch.device(device)
+        if self.device.type == "cuda" and not torch.cuda.is_available():
+            raise ConfigError(f"device: found {device!r}, but torch sees no CUDA device; allowed: cpu")
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self._inputs = model.dense.inputs
+        sources = {f.feature: f.source for f in model.features}
+        self._bag_ids = [_bag_ids(sources[name], name) for name in model.dense.sequences]
+        self._program = load_program(directory / model.dense.file, self.device)
+        self._cuda = _CudaRunner(self._program, self.device, max_captured_batch) if self.device.type == "cuda" else None
+
+    def host_buffer(self, rows: int, columns: int) -> Tensor:
+        """A float32 `[rows, columns]` host tensor for the lookup to write into; pinned where a GPU follows."""
+        return self._torch.empty((rows, columns), dtype=self._torch.float32, pin_memory=self._cuda is not None)
+
+    def run(self, pooled: Tensor, sequences: Sequence[NDArray[np.float32]], inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """The model's outputs, on the host and owned by the caller.
+
+        pooled: float32 `[batch, Σ dim]`. sequences: per feature of `DenseProgram.sequences`, `[batch * ids per bag, dim]`,
+        as a lookup gives them. inputs: the model's inputs by name. All on the host; they may be reused once this returns.
+        Raises `LookupRejected` for an input that is missing or does not fit the graph.
+        """
+        torch, batch = self._torch, pooled.shape[0]
+        tensors = [pooled]
+        for rows, bag_ids in zip(sequences, self._bag_ids, strict=True):
+            tensors.append(torch.from_numpy(rows.reshape(batch, bag_ids, rows.shape[1])))
+        for name in self._inputs:
+            if name not in inputs:
+                raise LookupRejected(f"{name}: missing; found the inputs {sorted(inputs)}")
+            tensors.append(inputs[name])
+        with torch.inference_mode():
+            try:
+                return tuple(self._program(*tensors) if self._cuda is None else self._cuda(tensors))
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, TypeError, IndexError) as e:
+                found = ", ".join(f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for t in tensors)
+                raise LookupRejected(f"inputs: found {found}; they do not fit the dense graph: {e}") from e
+
+
+def _bag_ids(source: object, feature: str) -> int:
+    if not isinstance(source, FixedSource):
+        raise ConfigError(f"dense.sequences: found {feature!r} with a varying number of ids; allowed: features of fixed width")
+    return source.end - source.begin
+
+
+class _CudaRunner:
+    """Copies in, computes and copies out on one stream; replays captured graphs where shapes allow it."""
+
+    def __init__(self, program: Program, device: torch.device, max_captured_batch: int) -> None:
+        import torch
+
+        self._torch = torch
+        self._program = program
+        self._device = device
+        self._max_captured_batch = max_captured_batch
+        self._stream = torch.cuda.Stream(device)
+        self._captured: dict[tuple[object, ...], _Captured | None] = {}
+
+    def __call__(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        torch, batch = self._torch, tensors[0].shape[0]
+        with torch.cuda.stream(self._stream):
+            captured = self._capture_for(batch, tensors)
+            if captured is None:
+                outputs = self._program(*(t.to(self._device, non_blocking=True) for t in tensors))
+            else:
+                for static, given in zip(captured.inputs, tensors, strict=True):
+                    static[:batch].copy_(given, non_blocking=True)
+                captured.graph.replay()
+                outputs = tuple(out[:batch] for out in captured.outputs)
+            results = tuple(torch.empty(out.shape, dtype=out.dtype, pin_memory=True).copy_(out, non_blocking=True) for out in outputs)
+        self._stream.synchronize()
+        return results
+
+    def _capture_for(self, batch: int, tensors: Sequence[Tensor]) -> _Captured | None:
+        """The graph for the next power of two, captured now if need be; None where the call must run as it is."""
+        if not 0 < batch <= self._max_captured_batch or any(t.dim() == 0 or t.shape[0] != batch for t in tensors):
+            return None
+        bucket = 1 << (batch - 1).bit_length()
+        key = (bucket, *((t.dtype, t.shape[1:]) for t in tensors))
+        if key not in self._captured and len(self._captured) < MAX_CAPTURED_GRAPHS:
+            self._captured[key] = self._capture(bucket, tensors)
+        return self._captured.get(key)
+
+    def _capture(self, bucket: int, tensors: Sequence[Tensor]) -> _Captured | None:
+        torch = self._torch
+        inputs = [torch.zeros((bucket, *t.shape[1:]), dtype=t.dtype, device=self._device) for t in tensors]
+        for _ in range(WARMUP_CALLS):
+            self._program(*inputs)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=self._stream):
+                outputs = self._program(*inputs)
+        except RuntimeError as e:  # an operator that waits for the device cannot be captured
+            _log.warning("batches up to %d run without a CUDA graph: %s", bucket, e)
+            return None
+        if any(out.dim() == 0 or out.shape[0] != bucket for out in outputs):
+            return None
+        return _Captured(graph, inputs, tuple(outputs))
+
+
+class _Captured:
+    """One CUDA graph with the device tensors it reads and writes."""
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, inputs: list[Tensor], outputs: tuple[Tensor, ...]) -> None:
+        self.graph = graph
+        self.inputs = inputs
+        self.outputs = outputs

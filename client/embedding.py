@@ -1,0 +1,319 @@
+"""`EmbeddingClient`: pooled embedding vectors of a plan's features, from its sidecars or from this process."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sidepool import _native
+from sidepool.client import arguments
+from sidepool.client.arguments import Part
+from sidepool.client.lanes import Lane, LaneOptions, Lanes, TlsFiles
+from sidepool.client.timings import Timings, read_timings
+from sidepool.client.trace import parse_traceparent
+from sidepool.wire.errors import LookupRejected, SidepoolError, Status, error_for
+from sidepool.wire.plan import OnMissingShard, Plan, Pooling, load_plan, validate_plan
+
+# Long enough for any healthy lookup (tens of milliseconds), short enough that a caller who gave no budget is not stuck.
+DEFAULT_DEADLINE_MS = 1000.0
+# What a sidecar on the same machine or in the same rack takes; longer spinning steals the core from the dense net.
+DEFAULT_SPIN_US = 50
+
+_ID_OUT_OF_RANGE = 1  # Reason::id_out_of_range in native/core/status.hpp
+
+_FAULTS = {
+    Status.OVERLOADED: "no credit was free within the budget",
+    Status.DRAINING: "it is draining and takes no new lookups",
+    Status.DEADLINE: "the budget ran out",
+    Status.TRANSPORT: "it was not connected, or was lost",
+    Status.FRAME: "what it sent is not a valid frame",
+    Status.PLAN: "it serves another plan epoch",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Pooled:
+    """What a lookup gives back. The arrays belong to the caller."""
+
+    out: NDArray[np.float32]
+    """`[batch, Σ dim]`, the pooled features in plan order (`Plan.out_columns` says where each lies)."""
+    sequences: dict[str, NDArray[np.float32]]
+    """Per feature with pooling `none`: its rows `[ids of the feature, dim]`, bag after bag."""
+    degraded: tuple[str, ...]
+    """Features whose sidecar did not answer and that are zero, under `on_missing_shard: degrade`."""
+
+
+@dataclass(frozen=True, slots=True)
+class PartsResult:
+    """What `lookup_parts` gives back. The arrays belong to the caller."""
+
+    out: NDArray[np.float32]
+    """`[ΣB, Σ dim]`: the samples of all parts one after another; those of a refused part are zero."""
+    sequences: tuple[NDArray[np.float32], ...]
+    """Per feature with pooling `none`, in feature order: `[ids of the feature in all parts, dim]`."""
+    errors: Sequence[SidepoolError | None]
+    """Per part: why it was refused, or None."""
+    degraded: tuple[str, ...]
+    raw_timings: NDArray[np.int64] = field(repr=False)
+    """`[1 + sidecars, 6]`, see `sidepool._native.LookupClient.lookup`."""
+
+    @property
+    def timings(self) -> Timings:
+        return read_timings(self.raw_timings)
+
+
+class _Buffers(threading.local):
+    """What the native core writes besides the output, kept per thread: a lookup allocates nothing for it."""
+
+    verdicts: NDArray[np.int64] = np.zeros((0, 5), np.int64)
+
+
+class EmbeddingClient:
+    """Looks bags of ids up and returns pooled vectors. Thread-safe: any number of threads may look up at once.
+
+    Use `connect`, then `close` (or a `with` block). Lost sidecars are reconnected in the background. A client must not
+    be used in a forked child: its native threads live in the parent only. Fork first, or use the spawn start method.
+    """
+
+    @classmethod
+    def connect(
+        cls,
+        plan: Plan | Path | str,
+        *,
+        lane: Lane = "auto",
+        spin_us: int = DEFAULT_SPIN_US,
+        shards_dir: Path | str | Sequence[Path | str] | None = None,
+        tls: TlsFiles | None = None,
+        connect_timeout_s: float = 5.0,
+        require_all: bool = True,
+        fixed_columns: Sequence[tuple[int, int]] | None = None,
+        name: str = "",
+        verify: bool = True,
+    ) -> Self:
+        """Connect to every sidecar of `plan` (or map its shards, with `lane="local"`).
+
+        lane: `shm` (same host), `tcp`, `grpc` (any network), `local` (the tables in this process, from `shards_dir`), or
+          `auto`: shm to sidecars of this host, tcp to the others.
+        spin_us: microseconds a waiting lookup spins before it sleeps.
+        shards_dir: local lane: shard directories, or one directory that holds them. `verify` compares their checksums.
+        require_all: raise where a sidecar is down; False keeps trying in the background instead.
+        fixed_columns: columns `[begin, end)` of each feature in the id matrices of `lookup_fixed`; default: feature i is column i.
+        name: appears in the sidecars' logs.
+
+        Raises `TransportError` (a sidecar is down, named), `PlanError` (it serves another plan), `ShardCorrupt`, `ConfigError`.
+        """
+        if isinstance(plan, Plan):
+            validate_plan(plan)
+        else:
+            plan = load_plan(Path(plan))
+        directories = (
+            [] if shards_dir is None else [Path(shards_dir)] if isinstance(shards_dir, str | Path) else map(Path, shards_dir)
+        )
+        options = LaneOptions(
+            lane=lane,
+            shards=tuple(directories),
+            verify=verify,
+            tls=tls,
+            connect_timeout_s=connect_timeout_s,
+            require_all=require_all,
+            name=name,
+        )
+        return cls(plan, options, spin_us=spin_us, fixed_columns=fixed_columns)
+
+    def __init__(
+        self, plan: Plan, options: LaneOptions, *, spin_us: int, fixed_columns: Sequence[tuple[int, int]] | None = None
+    ) -> None:
+        self.plan = plan
+        self._degrades = plan.on_missing_shard is OnMissingShard.DEGRADE
+        self._sequence_features = [i for i, f in enumerate(plan.features) if f.pooling is Pooling.NONE]
+        self._peers = options.peers(plan)
+        holders = options.holders(plan)
+        self._features_of_peer = [
+            [f.name for f, s in zip(plan.features, holders, strict=True) if s == peer] for peer in range(len(self._peers))
+        ]
+        self._native = _native.LookupClient(
+            epoch=plan.epoch,
+            sidecars=len(self._peers),
+            spin_us=spin_us,
+            degrade=self._degrades,
+            rows=np.array([t.rows for t in plan.feature_tables], np.int64),
+            dims=np.array([t.dim for t in plan.feature_tables], np.int32),
+            poolings=[str(f.pooling) for f in plan.features],
+            weighted=[f.weighted for f in plan.features],
+            out_of_range=[str(t.out_of_range) for t in plan.feature_tables],
+            sidecar_of_feature=np.array(holders, np.int32),
+        )
+        self._columns = _columns(plan, fixed_columns)
+        if fixed_columns is not None:
+            begins, ends = np.array(self._columns, np.int32).T
+            self._native.set_fixed_columns(np.ascontiguousarray(begins), np.ascontiguousarray(ends - begins))
+        self._buffers = _Buffers()
+        self._lanes = Lanes(self._native, plan, options)
+        try:
+            self._lanes.connect()
+        except BaseException:
+            self.close()
+            raise
+
+    def lookup(
+        self,
+        values: Any,
+        lengths: Any,
+        weights: Any = None,
+        out: NDArray[np.float32] | None = None,
+        *,
+        deadline_ms: float = DEFAULT_DEADLINE_MS,
+        priority: int = 0,
+        traceparent: str | None = None,
+    ) -> Pooled:
+        """Look up bags in TorchRec's jagged layout.
+
+        values: row ids, int64 (or int32) `[nnz]`, feature after feature, bag after bag.
+        lengths: ids per bag, int32 (or int64), `[features, batch]` or the same flat.
+        weights: float32 `[nnz]`; required when a feature of the plan is weighted.
+        out: float32 `[batch, Σ dim]` with contiguous rows to write into (pinned memory, say); default: a new array.
+        deadline_ms: budget; what cannot be done within it fails with `DeadlineExceeded`. priority: breaks ties between deadlines.
+        traceparent: W3C trace context passed on to the sidecars; a malformed one is ignored.
+
+        Raises `LookupRejected`, `Overloaded`, `DeadlineExceeded`, `TransportError`.
+        """
+        ids = arguments.id_values(values)
+        part = (ids, arguments.bag_lengths(lengths, len(self.plan.features)), arguments.bag_weights(weights))
+        return self._pooled(part, out, deadline_ms, priority, traceparent)
+
+    def lookup_fixed(
+        self,
+        ids: Any,
+        out: NDArray[np.float32] | None = None,
+        *,
+        deadline_ms: float = DEFAULT_DEADLINE_MS,
+        priority: int = 0,
+        traceparent: str | None = None,
+    ) -> Pooled:
+        """Look up an id matrix, int64 (or int32) `[batch, width]`; else as `lookup`. `connect` says which columns are whose."""
+        return self._pooled((arguments.id_matrix(ids), None, None), out, deadline_ms, priority, traceparent)
+
+    def lookup_parts(
+        self,
+        parts: Sequence[Part],
+        out: NDArray[np.float32] | None = None,
+        *,
+        deadline_ms: float = DEFAULT_DEADLINE_MS,
+        priority: int = 0,
+        traceparent: str | None = None,
+    ) -> PartsResult:
+        """Look many requests up in one native call; one bad part does not fail the others.
+
+        parts: see `sidepool.client.arguments.Part`; contiguous arrays of exactly these dtypes, nothing is converted.
+        out: float32 `[ΣB, Σ dim]`, rows of any stride; default: a new array.
+
+        Raises `Overloaded`, `DeadlineExceeded`, `TransportError` for the whole, and `LookupRejected` for arrays of wrong type.
+        """
+        budget_ns = arguments.deadline_ns(deadline_ms)
+        features = len(self.plan.features)
+        try:
+            if out is None:
+                batch = sum(p[0].shape[0] if p[1] is None else p[1].size // features for p in parts)
+                out = np.empty((batch, self.plan.out_dim), np.float32)
+            sequences = self._new_sequences(parts) if self._sequence_features else ()
+            verdicts = self._verdicts(len(parts))
+            raw_timings = np.empty((1 + len(self._peers), 6), np.int64)
+            status, peer = self._native.lookup(
+                parts, out, sequences, budget_ns, priority, parse_traceparent(traceparent), verdicts, raw_timings
+            )
+        except (TypeError, ValueError, AttributeError, IndexError) as fault:
+            raise arguments.explain_parts(parts, features, fault) from fault
+        if status:
+            raise error_for(status, self._fault_text(status, peer))
+        errors: Sequence[SidepoolError | None] = [None] * len(parts)
+        if verdicts[:, 0].any():
+            errors = [self._verdict_error(verdict) for verdict in verdicts.tolist()]
+        return PartsResult(out, sequences, errors, self._degraded(raw_timings) if self._degrades else (), raw_timings)
+
+    def stats(self) -> dict[str, Any]:
+        """Counters since `connect`, see docs/metrics.md."""
+        return self._native.stats()
+
+    def close(self) -> None:
+        """Close every lane and stop reconnecting; lookups that wait fail with `TransportError`. Idempotent."""
+        self._lanes.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _pooled(self, part: Part, out: Any, deadline_ms: float, priority: int, traceparent: str | None) -> Pooled:
+        batch = part[0].shape[0] if part[1] is None else part[1].size // len(self.plan.features)
+        result = self.lookup_parts(
+            [part],
+            arguments.output(out, batch, self.plan.out_dim),
+            deadline_ms=deadline_ms,
+            priority=arguments.priority_level(priority),
+            traceparent=traceparent,
+        )
+        if result.errors[0] is not None:
+            raise result.errors[0]
+        names = [self.plan.features[i].name for i in self._sequence_features]
+        return Pooled(result.out, dict(zip(names, result.sequences, strict=True)), result.degraded)
+
+    def _verdicts(self, count: int) -> NDArray[np.int64]:
+        verdicts = self._buffers.verdicts
+        if verdicts.shape[0] < count:
+            verdicts = self._buffers.verdicts = np.zeros((2 * count, 5), np.int64)
+        return verdicts[:count]
+
+    def _new_sequences(self, parts: Sequence[Part]) -> tuple[NDArray[np.float32], ...]:
+        """One array per `none` feature, as long as its ids. A part with wrong lengths counts what it can have at most."""
+        features = len(self.plan.features)
+        arrays = []
+        for i in self._sequence_features:
+            ids = 0
+            for values, lengths, _ in parts:
+                if lengths is None:
+                    begin, end = self._columns[i]
+                    ids += values.shape[0] * (end - begin)
+                else:
+                    batch = lengths.size // features
+                    total = int(lengths[i * batch : (i + 1) * batch].sum(dtype=np.int64))
+                    ids += min(max(total, 0), values.size)
+            arrays.append(np.empty((ids, self.plan.feature_tables[i].dim), np.float32))
+        return tuple(arrays)
+
+    def _verdict_error(self, verdict: list[int]) -> SidepoolError | None:
+        status, reason, feature, bag, value = verdict
+        if not status:
+            return None
+        known = 0 <= feature < len(self.plan.features)
+        name = self.plan.features[feature].name if known else str(feature)
+        text = _native.reason_text(reason).format(feature=name, bag=bag, value=value)
+        if reason == _ID_OUT_OF_RANGE and known:
+            text += f"; allowed: 0 to {self.plan.feature_tables[feature].rows - 1}"
+        return error_for(status, text)
+
+    def _fault_text(self, status: int, peer: int) -> str:
+        what = _FAULTS.get(Status(status), "the lookup failed there") if status in Status.__members__.values() else "unknown status"
+        where = self._peers[peer] if 0 <= peer < len(self._peers) else "lookup"
+        return f"{where}: {what}"
+
+    def _degraded(self, raw_timings: NDArray[np.int64]) -> tuple[str, ...]:
+        return tuple(name for peer in self._native.degraded(raw_timings) for name in self._features_of_peer[peer])
+
+
+def _columns(plan: Plan, fixed_columns: Sequence[tuple[int, int]] | None) -> list[tuple[int, int]]:
+    if fixed_columns is None:
+        return [(i, i + 1) for i in range(len(plan.features))]
+    columns = list(fixed_columns)
+    if len(columns) != len(plan.features) or any(not 0 <= begin < end for begin, end in columns):
+        raise LookupRejected(
+            f"fixed_columns: found {columns[:8]}; allowed: one (begin, end) with 0 <= begin < end per feature of the plan"
+        )
+    return columns

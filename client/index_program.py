@@ -1,0 +1,144 @@
+"""From a model's inputs to what a lookup takes: run the index arithmetic, then bring the ids into one array."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sidepool.client.arguments import Part
+from sidepool.client.program import load_program
+from sidepool.wire.errors import LookupRejected
+from sidepool.wire.model import FeatureSource, FixedSource, JaggedSource, ModelSpec
+from sidepool.wire.plan import Plan
+
+
+class FeatureRouter:
+    """Turns one request's model inputs into a part of a lookup. Immutable: any thread may use it.
+
+    Where every feature has a fixed number of ids, the parts are id matrices `[batch, width]`; `fixed_columns` then says
+    where each feature lies (give it to `EmbeddingClient.connect`). Otherwise the parts are jagged.
+    """
+
+    def __init__(self, model: ModelSpec, plan: Plan, directory: Path) -> None:
+        """`directory` holds the index program, if the model has one. Raises `ShardCorrupt` if it cannot be loaded."""
+        self.model = model
+        self._weighted = [f.weighted for f in plan.features]
+        self._program = None if model.index is None else load_program(directory / model.index.file)
+        self.fixed_columns: tuple[tuple[int, int], ...] | None = None
+        self._id_inputs: tuple[str, ...] = ()
+        if not model.jagged:
+            self._id_inputs = tuple(dict.fromkeys(_fixed(f).input for f in model.features))
+            self._widths = {name: max(_fixed(f).end for f in model.features if _fixed(f).input == name) for name in self._id_inputs}
+            first = dict(zip(self._id_inputs, np.cumsum([0, *self._widths.values()]).tolist(), strict=False))
+            self.fixed_columns = tuple(
+                (first[s.input] + s.begin, first[s.input] + s.end) for s in (_fixed(f) for f in model.features)
+            )
+
+    def route(self, inputs: Mapping[str, NDArray[Any]]) -> Part:
+        """One part for the lookup, from the model's inputs by name.
+
+        An int64 id matrix that is the only source is passed on as it is, without a copy: it must outlive the lookup.
+        Raises `LookupRejected` naming an input that is missing, of a wrong dtype or shape, or disagrees with another.
+        """
+        sources = self._run_index(inputs) if self._program is not None else inputs
+        if self.model.jagged:
+            return self._jagged(sources)
+        matrices = [_id_matrix(sources, name, self._widths[name]) for name in self._id_inputs]
+        if len(matrices) == 1:
+            return matrices[0], None, None
+        _same_batch({name: m.shape[0] for name, m in zip(self._id_inputs, matrices, strict=True)})
+        cut = [m[:, : self._widths[name]] for name, m in zip(self._id_inputs, matrices, strict=True)]
+        return np.concatenate(cut, axis=1), None, None
+
+    def _run_index(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        import torch
+
+        assert self.model.index is not None and self._program is not None
+        given = [torch.from_numpy(np.ascontiguousarray(_input(inputs, name))) for name in self.model.index.inputs]
+        with torch.inference_mode():
+            outputs = self._program(*given)
+        return {**inputs, **{name: out.numpy() for name, out in zip(self.model.index.outputs, outputs, strict=True)}}
+
+    def _jagged(self, sources: Mapping[str, NDArray[Any]]) -> Part:
+        bags = [
+            _fixed_bags(sources, f.source) if isinstance(f.source, FixedSource) else _jagged_bags(sources, f.source)
+            for f in self.model.features
+        ]
+        _same_batch({f.feature: lengths.size for f, (_, lengths) in zip(self.model.features, bags, strict=True)})
+        values = np.concatenate([v for v, _ in bags])
+        lengths = np.concatenate([n for _, n in bags])
+        return values, lengths, self._weights(sources, [v.size for v, _ in bags]) if any(self._weighted) else None
+
+    def _weights(self, sources: Mapping[str, NDArray[Any]], counts: Sequence[int]) -> NDArray[np.float32]:
+        """Weights of all values; features that take none get ones, which the core does not read."""
+        weights = []
+        for feature, weighted, count in zip(self.model.features, self._weighted, counts, strict=True):
+            source = feature.source
+            if not weighted or not isinstance(source, JaggedSource) or source.weights is None:
+                weights.append(np.ones(count, np.float32))
+                continue
+            given = _input(sources, source.weights)
+            if given.dtype != np.float32 or given.shape != (count,):
+                raise LookupRejected(f"{source.weights}: found {given.dtype} {list(given.shape)}; allowed: float32 [{count}]")
+            weights.append(given)
+        return np.concatenate(weights)
+
+
+def _fixed(feature: FeatureSource) -> FixedSource:
+    assert isinstance(feature.source, FixedSource)
+    return feature.source
+
+
+def _input(inputs: Mapping[str, NDArray[Any]], name: str) -> NDArray[Any]:
+    if name not in inputs:
+        raise LookupRejected(f"{name}: missing; found the inputs {sorted(inputs)}")
+    return inputs[name]
+
+
+def _integers(inputs: Mapping[str, NDArray[Any]], name: str) -> NDArray[np.int64]:
+    found = _input(inputs, name)
+    if found.dtype not in (np.int64, np.int32):
+        raise LookupRejected(f"{name}: found {found.dtype} {list(found.shape)}; allowed: int64 or int32")
+    return np.ascontiguousarray(found, dtype=np.int64)
+
+
+def _id_matrix(inputs: Mapping[str, NDArray[Any]], name: str, width: int) -> NDArray[np.int64]:
+    """`[batch, at least width]`; further dimensions are laid out row by row, `[batch]` is one column."""
+    ids = _integers(inputs, name)
+    if ids.ndim == 0:
+        raise LookupRejected(f"{name}: found a single number; allowed: int64 [batch, {width}]")
+    columns = int(np.prod(ids.shape[1:], dtype=np.int64))
+    if columns < width:
+        raise LookupRejected(f"{name}: found {columns} columns (shape {list(ids.shape)}); allowed: at least {width}")
+    return ids.reshape(ids.shape[0], columns)
+
+
+def _fixed_bags(inputs: Mapping[str, NDArray[Any]], source: FixedSource) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+    ids = _id_matrix(inputs, source.input, source.end)[:, source.begin : source.end]
+    return ids.reshape(-1), np.full(ids.shape[0], source.end - source.begin, np.int32)
+
+
+def _jagged_bags(inputs: Mapping[str, NDArray[Any]], source: JaggedSource) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+    values, offsets = _integers(inputs, source.values), _integers(inputs, source.offsets)
+    for name, array in ((source.values, values), (source.offsets, offsets)):
+        if array.ndim != 1:
+            raise LookupRejected(f"{name}: found shape {list(array.shape)}; allowed: one dimension")
+    if source.include_last_offset and offsets.size == 0:
+        raise LookupRejected(f"{source.offsets}: found no offsets; allowed: [batch + 1]")
+    bounds = offsets if source.include_last_offset else np.append(offsets, values.size)
+    lengths = np.diff(bounds)
+    if bounds[0] != 0 or bounds[-1] != values.size or (lengths < 0).any():
+        raise LookupRejected(
+            f"{source.offsets}: found {bounds[:4].tolist()}… up to {bounds[-1]}; "
+            f"allowed: from 0, never falling, up to the {values.size} ids of {source.values}"
+        )
+    return values, lengths.astype(np.int32)
+
+
+def _same_batch(sizes: Mapping[str, int]) -> None:
+    if len(set(sizes.values())) > 1:
+        raise LookupRejected(f"batch: found {dict(sizes)}; allowed: the same number of samples everywhere")

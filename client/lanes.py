@@ -1,0 +1,279 @@
+"""The lanes of a client: connecting one to every sidecar, and connecting it again when it is lost.
+
+Control goes over gRPC (`Connect`: where to go and a token to show there), data over the lane itself.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import random
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import grpc
+
+from sidepool import _native
+from sidepool.client.grpc_lane import GrpcLane, fault_of
+from sidepool.wire.control_pb2 import ConnectReply, ConnectRequest
+from sidepool.wire.control_pb2_grpc import SidecarStub
+from sidepool.wire.errors import ConfigError, PlanError, SidepoolError, TransportError, error_for
+from sidepool.wire.plan import Plan
+from sidepool.wire.shard_reader import build_table_set
+from sidepool.wire.shards import MANIFEST_FILE
+
+Lane = Literal["shm", "tcp", "grpc", "local", "auto"]
+
+# Retries begin well below a sidecar's restart time and never come further apart than lets lookups succeed again within
+# a second of its return.
+FIRST_RETRY_S = 0.02
+LAST_RETRY_S = 0.3
+# One attempt in the background: a peer that swallows packets must not hold up the others for long.
+RETRY_TIMEOUT_S = 0.5
+# How often an undisturbed supervisor looks up from waiting.
+WATCH_S = 1.0
+# Connecting is one round trip; more threads than this gain nothing even for hundreds of sidecars.
+CONNECT_THREADS = 16
+# What a sidecar takes as a client's name.
+MAX_NAME_CHARACTERS = 128
+
+_log = logging.getLogger("sidepool.client")
+
+
+@dataclass(frozen=True, slots=True)
+class TlsFiles:
+    """PEM files for a control plane under TLS. `cert` and `key` are this client's own, for mutual TLS."""
+
+    ca: Path
+    cert: Path | None = None
+    key: Path | None = None
+
+    def credentials(self) -> grpc.ChannelCredentials:
+        if (self.cert is None) != (self.key is None):
+            raise ConfigError("tls: found only one of cert and key; allowed: both or none")
+        try:
+            ca, key, cert = (None if path is None else Path(path).read_bytes() for path in (self.ca, self.key, self.cert))
+        except OSError as e:
+            raise ConfigError(f"tls: cannot be read: {e}") from e
+        return grpc.ssl_channel_credentials(root_certificates=ca, private_key=key, certificate_chain=cert)
+
+
+@dataclass(frozen=True, slots=True)
+class LaneOptions:
+    """How a client reaches its sidecars; the fields are those of `EmbeddingClient.connect`."""
+
+    lane: Lane = "auto"
+    shards: tuple[Path, ...] = ()
+    verify: bool = True
+    tls: TlsFiles | None = None
+    connect_timeout_s: float = 5.0
+    require_all: bool = True
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        if self.lane not in get_args(Lane):
+            raise ConfigError(f"lane: found {self.lane!r}; allowed: {', '.join(get_args(Lane))}")
+        if (self.lane == "local") != bool(self.shards):
+            raise ConfigError(
+                f"shards_dir: found {[str(s) for s in self.shards]} with lane {self.lane!r}; it goes with lane 'local', only"
+            )
+        if not self.connect_timeout_s > 0:
+            raise ConfigError(f"connect_timeout_s: found {self.connect_timeout_s}; allowed: above 0")
+
+    def peers(self, plan: Plan) -> list[str]:
+        """What each native lane leads to, for messages."""
+        if self.lane == "local":
+            return ["this process"]
+        return [f"sidecar {s.name!r} ({s.address})" for s in plan.sidecars]
+
+    def holders(self, plan: Plan) -> list[int]:
+        """The native lane that serves each feature."""
+        if self.lane == "local":
+            return [0] * len(plan.features)
+        return [plan.sidecar_of_table[plan.table_index[f.table]] for f in plan.features]
+
+
+class Lanes:
+    """Keeps one lane per sidecar attached to a native client. `connect` and `close` are called by its owner, once."""
+
+    def __init__(self, native: _native.LookupClient, plan: Plan, options: LaneOptions) -> None:
+        self._native = native
+        self._plan = plan
+        self._options = options
+        self._peers = options.peers(plan)
+        self._credentials = options.tls.credentials() if options.tls else None
+        self._grpc_lanes: dict[int, GrpcLane] = {}
+        self._stop = threading.Event()
+        self._supervisor: threading.Thread | None = None
+
+    def connect(self) -> None:
+        """Attach every lane; raises what the first failing sidecar raised, unless `require_all` is off."""
+        if self._options.lane == "local":
+            self._native.attach_local(0, build_table_set(self._plan, self._shard_directories(), verify=self._options.verify))
+            return
+        count = len(self._peers)
+        with ThreadPoolExecutor(min(count, CONNECT_THREADS), thread_name_prefix="sidepool-connect") as pool:
+            faults = list(pool.map(self._try_attach, range(count), [self._options.connect_timeout_s] * count))
+        for fault in faults:
+            if isinstance(fault, PlanError) or (fault and self._options.require_all):
+                raise fault
+            if fault:
+                _log.warning("%s; trying again in the background", fault)
+        self._supervisor = threading.Thread(target=self._supervise, name="sidepool-lanes", daemon=True)
+        self._supervisor.start()
+
+    def close(self) -> None:
+        """Stop reconnecting, close every lane and channel. Idempotent."""
+        self._stop.set()
+        self._native.close()
+        if self._supervisor:
+            self._supervisor.join()
+        for lane in self._grpc_lanes.values():
+            lane.close()
+
+    def _supervise(self) -> None:
+        attempts: dict[int, int] = {}
+        due: dict[int, float] = {}
+        while not self._stop.is_set():
+            down = [s for s in range(len(self._peers)) if not self._native.lane_alive(s)]
+            if not down:
+                self._native.wait_lane_lost(WATCH_S)
+                continue
+            for sidecar in down:
+                if time.monotonic() < due.get(sidecar, 0.0) or self._stop.is_set():
+                    continue
+                fault = self._try_attach(sidecar, RETRY_TIMEOUT_S)
+                self._report(sidecar, fault, attempts.get(sidecar, 0))
+                if fault is None:
+                    attempts.pop(sidecar, None)
+                    due.pop(sidecar, None)
+                    continue
+                tries = attempts[sidecar] = attempts.get(sidecar, 0) + 1
+                due[sidecar] = time.monotonic() + retry_delay_s(tries)
+            waits = [due[s] - time.monotonic() for s in down if s in due]
+            self._stop.wait(max(min(waits), 0.0) if waits else 0.0)
+
+    def _report(self, sidecar: int, fault: SidepoolError | None, failures: int) -> None:
+        """Log the first failure of an outage and its end; a wrong plan will not cure itself, so that is an error."""
+        if fault is None:
+            _log.info("%s: connected again after %d failed attempts", self._peers[sidecar], failures)
+        elif failures == 0:
+            level = logging.ERROR if isinstance(fault, PlanError) else logging.WARNING
+            _log.log(level, "%s; trying again in the background", fault)
+
+    def _try_attach(self, sidecar: int, timeout_s: float) -> SidepoolError | None:
+        fault: SidepoolError | None = None
+        for lane in self._candidates(sidecar):
+            try:
+                self._attach(sidecar, lane, timeout_s)
+            except SidepoolError as e:
+                fault = e
+            else:
+                return None
+            if isinstance(fault, PlanError):
+                break
+        return fault
+
+    def _candidates(self, sidecar: int) -> tuple[Lane, ...]:
+        if self._options.lane != "auto":
+            return (self._options.lane,)
+        host, _ = split_address(self._plan.sidecars[sidecar].address)
+        return ("shm", "tcp") if is_this_host(host) else ("tcp",)
+
+    def _attach(self, sidecar: int, lane: Lane, timeout_s: float) -> None:
+        peer, address = self._peers[sidecar], self._plan.sidecars[sidecar].address
+        channel = self._open_channel(address)
+        kept = False
+        try:
+            stub = SidecarStub(channel)  # type: ignore[no-untyped-call]
+            request = ConnectRequest(
+                lane=lane,
+                plan_epoch=self._plan.epoch,
+                plan_fingerprint=self._plan.fingerprint,
+                wire_version=_native.WIRE_VERSION,
+                client=self._options.name[:MAX_NAME_CHARACTERS],
+            )
+            reply: ConnectReply = stub.Connect(request, timeout=timeout_s)
+            if lane == "grpc":
+                if lost := self._grpc_lanes.pop(sidecar, None):
+                    lost.close()
+                self._grpc_lanes[sidecar] = GrpcLane(self._native, sidecar, channel, stub, reply)
+                kept = True
+            else:
+                self._attach_native(sidecar, lane, reply, address, timeout_s)
+        except grpc.RpcError as e:
+            raise fault_of(e, peer) from e
+        except _native.NativeError as e:
+            status, message = e.args
+            raise error_for(status, f"{peer}: {lane} lane: {message}") from e
+        finally:
+            if not kept:
+                channel.close()
+
+    def _attach_native(self, sidecar: int, lane: Lane, reply: ConnectReply, address: str, timeout_s: float) -> None:
+        if lane == "shm":
+            self._native.attach_shm(sidecar, reply.address, reply.token, timeout_s)
+            return
+        host, port = split_address(reply.address)
+        if _is_wildcard(host):
+            host, _ = split_address(address)
+        self._native.attach_tcp(sidecar, host, port, reply.token, timeout_s)
+
+    def _open_channel(self, address: str) -> grpc.Channel:
+        options = [
+            # A fresh pool: a retry must really connect, not inherit the back-off of an earlier channel to the same address.
+            ("grpc.use_local_subchannel_pool", 1),
+            ("grpc.initial_reconnect_backoff_ms", int(FIRST_RETRY_S * 1000)),
+            ("grpc.max_reconnect_backoff_ms", int(LAST_RETRY_S * 1000)),
+            *GrpcLane.CHANNEL_OPTIONS,
+        ]
+        if self._credentials is None:
+            return grpc.insecure_channel(address, options)
+        return grpc.secure_channel(address, self._credentials, options)
+
+    def _shard_directories(self) -> list[Path]:
+        directories = [
+            manifest.parent
+            for given in self._options.shards
+            for manifest in (
+                [given / MANIFEST_FILE] if (given / MANIFEST_FILE).is_file() else sorted(given.glob(f"*/{MANIFEST_FILE}"))
+            )
+        ]
+        if len(directories) != len(self._plan.sidecars):
+            allowed = f"the {len(self._plan.sidecars)} shard directories of the plan's sidecars"
+            raise ConfigError(f"shards_dir: found {[str(d) for d in directories]} with a {MANIFEST_FILE}; allowed: {allowed}")
+        return directories
+
+
+def retry_delay_s(tries: int) -> float:
+    """Seconds before the next attempt: exponential, capped, and jittered so that many clients do not come back at once."""
+    return random.uniform(0.5, 1.0) * min(FIRST_RETRY_S * 2.0 ** (tries - 1), LAST_RETRY_S)
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """`("host", port)` of `host:port`; an IPv6 host comes without its brackets."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise TransportError(f"address: found {address!r}; allowed: host:port")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def is_this_host(host: str) -> bool:
+    """Whether `host` is certainly this machine: a loopback address or its own name."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        own = socket.gethostname()
+        return host in ("localhost", own, own.partition(".")[0])
+
+
+def _is_wildcard(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_unspecified
+    except ValueError:
+        return False

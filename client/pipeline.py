@@ -1,0 +1,97 @@
+"""`Pipeline`: a partitioned model in one process, for tests and notebooks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from sidepool.client.dense import DenseGraph
+from sidepool.client.embedding import DEFAULT_DEADLINE_MS, EmbeddingClient
+from sidepool.client.index_program import FeatureRouter
+from sidepool.client.lanes import Lane
+from sidepool.wire.errors import ConfigError, LookupRejected
+from sidepool.wire.model import MODEL_FILE, PLAN_FILE, ModelSpec, TensorSpec, load_model
+from sidepool.wire.plan import load_plan
+from sidepool.wire.shards import MANIFEST_FILE
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Pipeline:
+    """Calls like the model that was partitioned: same inputs, same outputs. Used by one thread at a time."""
+
+    @classmethod
+    def open(cls, artifact_dir: Path | str, *, lane: Lane = "local", device: str = "cpu", **connect: Any) -> Self:
+        """Open what partitioning wrote into `artifact_dir`.
+
+        lane: `local` maps the artifact's shards into this process; any other lane connects to the running sidecars of its
+        plan. device: where the dense graph runs. `connect`: more options of `EmbeddingClient.connect`.
+        Raises `ConfigError`, `PlanError`, `ShardCorrupt`, `TransportError`.
+        """
+        root = Path(artifact_dir)
+        directory = _model_directory(root)
+        plan = load_plan(directory / PLAN_FILE)
+        model = load_model(directory / MODEL_FILE, plan)
+        router = FeatureRouter(model, plan, directory)
+        dense = DenseGraph(model, directory, device=device)
+        if lane == "local":
+            connect.setdefault("shards_dir", sorted(manifest.parent for manifest in root.rglob(MANIFEST_FILE)))
+        client = EmbeddingClient.connect(plan, lane=lane, fixed_columns=router.fixed_columns, **connect)
+        return cls(model, router, client, dense)
+
+    def __init__(self, model: ModelSpec, router: FeatureRouter, client: EmbeddingClient, dense: DenseGraph) -> None:
+        """Takes over `client`: closing the pipeline closes it."""
+        self.model = model
+        self._router = router
+        self._client = client
+        self._dense = dense
+
+    def __call__(self, *inputs: Any, deadline_ms: float = DEFAULT_DEADLINE_MS, **named_inputs: Any) -> Tensor | tuple[Tensor, ...]:
+        """The model's outputs: a tensor, or a tuple of several. Inputs as the original model takes them, tensors nested
+        in lists, tuples or dicts included. Raises `LookupRejected` and whatever a lookup raises."""
+        import torch
+        from torch.utils import _pytree
+
+        leaves, _ = _pytree.tree_flatten((inputs, named_inputs))
+        if len(leaves) != len(self.model.inputs):
+            raise LookupRejected(f"inputs: found {len(leaves)} tensors; allowed: {', '.join(t.name for t in self.model.inputs)}")
+        tensors = {spec.name: _checked(leaf, spec) for leaf, spec in zip(leaves, self.model.inputs, strict=True)}
+        part = self._router.route({name: t.numpy() for name, t in tensors.items() if t.dtype is not torch.bfloat16})
+        result = self._client.lookup_parts([part], deadline_ms=deadline_ms)
+        if result.errors[0] is not None:
+            raise result.errors[0]
+        outputs = self._dense.run(torch.from_numpy(result.out), result.sequences, tensors)
+        return outputs[0] if len(outputs) == 1 else outputs
+
+    def close(self) -> None:
+        """Close the lanes. Idempotent."""
+        self._client.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def _model_directory(root: Path) -> Path:
+    """The one directory in an artifact that holds the model's description."""
+    found = [root] if (root / MODEL_FILE).is_file() else sorted(path.parent for path in root.rglob(MODEL_FILE))
+    if len(found) != 1:
+        raise ConfigError(f"{root}: found {MODEL_FILE} in {[str(d) for d in found]}; allowed: an artifact, which holds exactly one")
+    return found[0]
+
+
+def _checked(leaf: Any, spec: TensorSpec) -> Tensor:
+    """`leaf` as a host tensor, if it has the dtype and the fixed sizes of `spec`."""
+    import torch
+
+    if not isinstance(leaf, torch.Tensor):
+        raise LookupRejected(f"{spec.name}: found {type(leaf).__name__}; allowed: a {spec.dtype} tensor")
+    dtype = str(leaf.dtype).removeprefix("torch.")
+    fits = leaf.dim() == len(spec.shape) and all(want in (-1, size) for want, size in zip(spec.shape, leaf.shape, strict=True))
+    if dtype != spec.dtype or not fits:
+        raise LookupRejected(f"{spec.name}: found {dtype} {list(leaf.shape)}; allowed: {spec.dtype} {list(spec.shape)}, -1 any size")
+    return leaf.detach().cpu()
