@@ -51,7 +51,8 @@ class TritonPythonModel:
         self._torch, self._pb = torch, pb_utils
         config = json.loads(args["model_config"])
         parameters = {k: v["string_value"] for k, v in config["parameters"].items()}
-        torch.set_num_threads(int(parameters.get("torch_threads", "1")))
+        if threads := int(parameters["torch_threads"]):  # 0 leaves torch's choice
+            torch.set_num_threads(threads)
         names = [entry["name"] for entry in config["input"]]
         self._jagged = [name for name in names if name.endswith((".lengths", ".values"))]
         self._plain = [name for name in names if name not in self._jagged]

@@ -20,8 +20,8 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         """Read the artifact, connect to the sidecars, load the dense program. An error here fails the model's load."""
         import triton_python_backend_utils as pb_utils
-        from sidepool.triton_backend.ranker import Ranker
 
+        from sidepool.triton_backend.ranker import Ranker
         from sidepool.triton_backend.settings import read_settings
 
         self._ranker: Ranker = Ranker(read_settings(args), pb_utils)

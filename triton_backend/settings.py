@@ -23,8 +23,8 @@ class RankerParameters(Frozen):
     """How to reach the sidecars; `auto` takes shm on this host and tcp elsewhere."""
     deadline_ms: Annotated[float, Field(gt=0, le=3_600_000)] = 1000.0
     """Budget of a request that brings none: any healthy request takes tens of milliseconds."""
-    torch_threads: Annotated[int, Field(ge=1, le=1024)] = 1
-    """Threads of one dense forward on the CPU. One: Triton's instances are the parallelism, and small batches do not split well."""
+    torch_threads: Annotated[int, Field(ge=0, le=1024)] = 0
+    """Threads of one dense forward on the CPU. 0 leaves torch's choice, all cores."""
     spin_us: Annotated[int, Field(ge=0, le=1_000_000)] = 50
     """How long a lookup waits spinning before it sleeps: about what a sidecar on the same machine takes for a small batch."""
     artifact: str = ""
@@ -44,11 +44,6 @@ class Settings:
     device: str
     """`cpu`, or `cuda:N` where the instance kind is GPU."""
     parameters: RankerParameters
-    inputs: tuple[str, ...]
-    """Names of the inputs that config.pbtxt declares."""
-    outputs: tuple[str, ...]
-    batch_output: bool
-    """Whether Triton's batch dimension counts samples (fixed-width inputs); else it counts requests (jagged)."""
 
 
 def read_settings(args: dict[str, str]) -> Settings:
@@ -66,9 +61,6 @@ def read_settings(args: dict[str, str]) -> Settings:
         shards=version / parameters.shards if parameters.shards else None,
         device=f"cuda:{args['model_instance_device_id']}" if gpu else "cpu",
         parameters=parameters,
-        inputs=tuple(entry["name"] for entry in config["input"]),
-        outputs=tuple(entry["name"] for entry in config["output"]),
-        batch_output=not any(entry["name"].endswith(".lengths") for entry in config["input"]),
     )
 
 

@@ -14,8 +14,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sidepool.wire.errors import SidepoolError
-
 FLUSH_PERIOD_S = 1.0
 RANKER_STAGES = ("tensors_in", "routing", "merge", "dense", "tensors_out")
 SIDECAR_STAGES = ("lane_out", "queue", "pool", "lane_back")
@@ -51,10 +49,10 @@ class StageTimes:
             self.dense_ns += dense_ns
             self.tensors_out_ns += tensors_out_ns
 
-    def add_error(self, error: SidepoolError) -> None:
+    def add_error(self, code: str) -> None:
         """One request that was answered with an error."""
         with self._lock:
-            self.errors[error.code] += 1
+            self.errors[code] += 1
 
     def take(self) -> dict[tuple[str, str, str], float]:
         """`(metric, label value, second label value) -> increment` since the last call; zeros are left out."""

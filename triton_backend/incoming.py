@@ -1,0 +1,176 @@
+"""From a Triton request to a part of a lookup: tensors checked and viewed, budget and trace context read.
+
+Arrays are views into memory that Triton takes back when `execute` returns.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sidepool.client.arguments import MAX_DEADLINE_MS, Part
+from sidepool.client.index_program import FeatureRouter
+from sidepool.wire.errors import DeadlineExceeded, LookupRejected
+from sidepool.wire.model import JaggedSource, ModelSpec
+
+# What the generated config.pbtxt calls the ids of jagged features.
+LENGTHS, VALUES, WEIGHTS = "sparse.lengths", "sparse.values", "sparse.weights"
+
+
+@dataclass(slots=True)
+class Incoming:
+    """One request that passed the checks."""
+
+    position: int
+    """Its place among the requests of the `execute`."""
+    part: Part
+    inputs: dict[str, NDArray[Any]]
+    """What the dense program takes besides the pooled vectors, by name, each `[samples, …]`."""
+    samples: int
+    budget_ns: int
+    traceparent: str | None
+
+
+class Reader:
+    """Reads requests in one of two forms.
+
+    Fixed: every input is `[samples, …]` and Triton batches samples. Jagged: Triton batches requests, so each input is
+    `[1, …]`, and the ids of the jagged features, in plan order, come as `sparse.lengths [1, features, samples]`,
+    `sparse.values [1, nnz]` (feature-major) and, where a feature is weighted, `sparse.weights [1, nnz]`.
+    """
+
+    def __init__(self, model: ModelSpec, router: FeatureRouter, default_deadline_ms: float) -> None:
+        """`default_deadline_ms`: the budget of requests that bring none."""
+        self._router = router
+        self._default_budget_ns = int(default_deadline_ms * 1e6)
+        self._sources = [f.source for f in model.features if isinstance(f.source, JaggedSource)]
+        self.jagged = bool(self._sources)
+        self._whole = len(self._sources) == len(model.features) and model.index is None
+        self._weighted = any(s.weights for s in self._sources)
+        replaced = {name for s in self._sources for name in (s.values, s.offsets, s.weights)}
+        # Per input as Triton gives it: shape after the dimension that counts samples, and dtype.
+        self._expected = {t.name: (t.shape[1:], np.dtype(t.dtype)) for t in model.inputs if t.name not in replaced}
+        self._dense_inputs = model.dense.inputs
+
+    def read(self, position: int, request: Any) -> Incoming:
+        """Check one request; raises `LookupRejected` naming the tensor, or `DeadlineExceeded` for a budget that is spent."""
+        given = {tensor.name(): tensor for tensor in request.inputs()}
+        arrays = {name: self._array(name, given) for name in self._expected}
+        budget_ns, traceparent = self._options(request)
+        if self.jagged:
+            lengths, values, weights = self._ids(given)
+            samples = _samples({**arrays, LENGTHS: lengths.T})
+            if self._whole:
+                part: Part = (values, lengths.reshape(-1), weights)
+            else:
+                part = self._router.route(arrays | self._split(lengths, values, weights))
+        else:
+            samples = _samples(arrays)
+            part = self._router.route(arrays)
+        return Incoming(position, part, {name: arrays[name] for name in self._dense_inputs}, samples, budget_ns, traceparent)
+
+    def _array(self, name: str, given: dict[str, Any]) -> NDArray[Any]:
+        array = _numpy(name, given, self.jagged)
+        shape, dtype = self._expected[name]
+        if array.dtype != dtype or not _fits(array.shape[1:], shape) or array.ndim == 0:
+            allowed = ", ".join(["samples", *(str(n) for n in shape)])
+            raise LookupRejected(f"{name}: found {array.dtype} {list(array.shape)}; allowed: {dtype} [{allowed}]")
+        return array
+
+    def _ids(self, given: dict[str, Any]) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.float32] | None]:
+        """Shapes only: what lengths and ids say is checked by the native core, which reads them anyway."""
+        features = len(self._sources)
+        lengths, values = _numpy(LENGTHS, given, True), _numpy(VALUES, given, True)
+        if lengths.dtype != np.int32 or not _fits(lengths.shape, (features, -1)):
+            raise LookupRejected(f"{LENGTHS}: found {lengths.dtype} {list(lengths.shape)}; allowed: int32 [{features}, samples]")
+        if values.dtype != np.int64 or values.ndim != 1:
+            raise LookupRejected(f"{VALUES}: found {values.dtype} {list(values.shape)}; allowed: int64 [nnz]")
+        weights = _numpy(WEIGHTS, given, True) if self._weighted else None
+        if weights is not None and (weights.dtype != np.float32 or weights.shape != values.shape):
+            raise LookupRejected(f"{WEIGHTS}: found {weights.dtype} {list(weights.shape)}; allowed: float32 [{values.size}]")
+        return lengths, values, weights
+
+    def _split(
+        self, lengths: NDArray[np.int32], values: NDArray[np.int64], weights: NDArray[np.float32] | None
+    ) -> dict[str, NDArray[Any]]:
+        """The jagged features as the model's own (values, offsets) inputs, for models that mix them with other sources."""
+        ends = np.cumsum(lengths, axis=1, dtype=np.int64)
+        if lengths.size and (lengths.min() < 0 or ends[:, -1].sum() != values.size):
+            raise LookupRejected(
+                f"{LENGTHS}: found a sum of {int(lengths.sum())}; allowed: none negative, {values.size} in all ({VALUES})"
+            )
+        bounds = np.cumsum(ends[:, -1])[:-1] if lengths.size else [0] * (len(self._sources) - 1)
+        arrays: dict[str, NDArray[Any]] = {}
+        for source, ids, bag_ends in zip(self._sources, np.split(values, bounds), ends, strict=True):
+            begins = np.concatenate([[0], bag_ends])
+            arrays |= {source.values: ids, source.offsets: begins if source.include_last_offset else begins[:-1]}
+        for source, part in zip(self._sources, np.split(weights, bounds) if weights is not None else [], strict=False):
+            if source.weights is not None:
+                arrays[source.weights] = part
+        return arrays
+
+    def _options(self, request: Any) -> tuple[int, str | None]:
+        """Budget in nanoseconds from now, and traceparent: the request's timeout and parameters, else Triton's own trace.
+
+        Time spent in Triton's queue is not known to a Python model; the budget counts from here.
+        """
+        budget_ns, traceparent = self._default_budget_ns, None
+        timeout_us = request.timeout()
+        if timeout_us > 0:
+            budget_ns = timeout_us * 1000
+        text = request.parameters()
+        if len(text) > 2:  # "{}": none, which is the rule
+            parameters = json.loads(text)
+            if "deadline_ms" in parameters:
+                budget_ns = _budget_ns(parameters["deadline_ms"])
+            found = parameters.get("traceparent")
+            traceparent = found if isinstance(found, str) else None
+        if traceparent is None:
+            context = request.trace().get_context()
+            if context:
+                traceparent = json.loads(context).get("traceparent")
+        return budget_ns, traceparent
+
+
+def _budget_ns(deadline_ms: Any) -> int:
+    try:
+        budget_ms = float(deadline_ms)
+    except (TypeError, ValueError):
+        budget_ms = float("nan")
+    if not budget_ms <= MAX_DEADLINE_MS:
+        raise LookupRejected(f"parameter deadline_ms: found {deadline_ms!r}; allowed: milliseconds, at most {MAX_DEADLINE_MS:.0f}")
+    if budget_ms <= 0:
+        raise DeadlineExceeded(f"parameter deadline_ms: found {deadline_ms}; the budget was spent before the request began")
+    return max(1, int(budget_ms * 1e6))
+
+
+def _samples(arrays: dict[str, NDArray[Any]]) -> int:
+    """How many samples all inputs hold."""
+    sizes = {len(array) for array in arrays.values()}
+    if len(sizes) > 1:
+        found = {name: len(array) for name, array in arrays.items()}
+        raise LookupRejected(f"samples: found {found}; allowed: the same number in every input")
+    return sizes.pop()
+
+
+def _fits(shape: Sequence[int], allowed: Sequence[int]) -> bool:
+    return len(shape) == len(allowed) and all(want in (-1, size) for want, size in zip(allowed, shape, strict=True))
+
+
+def _numpy(name: str, given: dict[str, Any], jagged: bool) -> NDArray[Any]:
+    """An input as a view; of a jagged request, the only entry of Triton's batch dimension."""
+    tensor = given.get(name)
+    if tensor is None:
+        raise LookupRejected(f"{name}: missing; found the inputs {sorted(given)}")
+    array: NDArray[Any] = tensor.as_numpy()
+    if not jagged:
+        return array
+    if array.ndim == 0 or array.shape[0] != 1:
+        raise LookupRejected(f"{name}: found {list(array.shape)}; allowed: 1 first (Triton's batch dimension counts requests here)")
+    entry: NDArray[Any] = array[0]
+    return entry

@@ -1,0 +1,179 @@
+"""The ranker: many Triton requests become one lookup and one dense forward pass, and are answered one by one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sidepool.client.dense import DenseGraph
+from sidepool.client.embedding import EmbeddingClient
+from sidepool.client.index_program import FeatureRouter
+from sidepool.triton_backend.incoming import Incoming, Reader
+from sidepool.triton_backend.settings import Settings
+from sidepool.triton_backend.stages import StageReporter, StageTimes
+from sidepool.wire.errors import DeadlineExceeded, LookupRejected, SidepoolError
+from sidepool.wire.model import MODEL_FILE, PLAN_FILE, TensorSpec, load_model
+from sidepool.wire.plan import load_plan
+
+# Asking Triton whether a request was cancelled is a message to the server process and back, about 50 µs: as much as
+# scoring several samples. Only requests that cost several milliseconds are worth it.
+SAMPLES_WORTH_ASKING = 256
+# Buffers grow by doubling from here, so that steady traffic allocates nothing.
+FIRST_BUFFER_ROWS = 256
+
+
+class Ranker:
+    """Owned and used by the thread in which Triton calls the model, except for the metrics thread it starts."""
+
+    def __init__(self, settings: Settings, pb_utils: Any) -> None:
+        """Load the artifact and connect. Sidecars that are down do not fail this: they are connected when they come up."""
+        import torch
+
+        self._torch, self._pb = torch, pb_utils
+        parameters = settings.parameters
+        plan = load_plan(settings.artifact / PLAN_FILE)
+        model = load_model(settings.artifact / MODEL_FILE, plan)
+        router = FeatureRouter(model, plan, settings.artifact)
+        self._reader = Reader(model, router, parameters.deadline_ms)
+        self._dense = DenseGraph(model, settings.artifact, device=settings.device, threads=parameters.torch_threads or None)
+        self._outputs = model.outputs
+        self._width = plan.out_dim
+        self._pooled = self._dense.host_buffer(FIRST_BUFFER_ROWS, self._width)
+        self._client = EmbeddingClient.connect(
+            plan,
+            lane=parameters.lane,
+            spin_us=parameters.spin_us,
+            shards_dir=settings.shards,
+            require_all=False,
+            fixed_columns=router.fixed_columns,
+            name=f"ranker {settings.name}",
+        )
+        names = ["local"] if parameters.lane == "local" else [s.name for s in plan.sidecars]
+        self._times = StageTimes(len(names))
+        self._reporter = StageReporter(
+            self._times, model=settings.name, version=settings.version, sidecars=names, pb_utils=pb_utils
+        )
+
+    def close(self) -> None:
+        """Stop reporting and close every lane."""
+        self._reporter.close()
+        self._client.close()
+
+    def execute(self, requests: Sequence[Any]) -> list[Any]:
+        """One response per request, in order; a request that cannot be scored gets an error of its own. Never raises."""
+        begin_ns = time.perf_counter_ns()
+        responses: list[Any] = [None] * len(requests)
+        accepted: list[Incoming] = []
+        for position, request in enumerate(requests):
+            try:
+                incoming = self._reader.read(position, request)
+                if incoming.samples >= SAMPLES_WORTH_ASKING and request.is_cancelled():
+                    responses[position] = self._cancelled()
+                else:
+                    accepted.append(incoming)
+            except Exception as e:
+                responses[position] = self._refusal(e)
+        if accepted:
+            try:
+                self._score(accepted, responses, begin_ns)
+            except Exception as e:
+                for incoming in accepted:
+                    responses[incoming.position] = self._refusal(e)
+        return responses
+
+    def _score(self, accepted: list[Incoming], responses: list[Any], begin_ns: int) -> None:
+        """One lookup and one forward pass over `accepted`; fills their places in `responses`."""
+        samples = sum(incoming.samples for incoming in accepted)
+        if samples == 0:
+            for incoming in accepted:
+                responses[incoming.position] = self._answer([_empty(spec) for spec in self._outputs])
+            return
+        pooled = self._pooled_rows(samples)
+        inputs = self._merged_inputs(accepted)
+        looked_up_ns = time.perf_counter_ns()
+        # The longest budget: a short one must not fail its neighbours. Whoever's own budget has run out is told so below.
+        result = self._client.lookup_parts(
+            [incoming.part for incoming in accepted],
+            pooled.numpy(),
+            deadline_ms=max(incoming.budget_ns for incoming in accepted) / 1e6,
+            traceparent=next((incoming.traceparent for incoming in accepted if incoming.traceparent), None),
+        )
+        dense_ns = time.perf_counter_ns()
+        outputs = [tensor.numpy() for tensor in self._dense.run(pooled, result.sequences, inputs)]
+        out_ns = time.perf_counter_ns()
+        self._respond(accepted, result.errors, outputs, responses, out_ns - begin_ns)
+        self._times.add(
+            requests=len(accepted),
+            samples=samples,
+            tensors_in_ns=looked_up_ns - begin_ns,
+            lookup=result.raw_timings,
+            dense_ns=out_ns - dense_ns,
+            tensors_out_ns=time.perf_counter_ns() - out_ns,
+        )
+
+    def _respond(
+        self,
+        accepted: list[Incoming],
+        errors: Sequence[SidepoolError | None],
+        outputs: list[NDArray[Any]],
+        responses: list[Any],
+        elapsed_ns: int,
+    ) -> None:
+        """Hand every request its rows, or its error."""
+        at = 0
+        for incoming, error in zip(accepted, errors, strict=True):
+            end = at + incoming.samples
+            if error is None and elapsed_ns > incoming.budget_ns:
+                error = DeadlineExceeded(f"scored after {elapsed_ns / 1e6:.1f} ms; the budget was {incoming.budget_ns / 1e6:g} ms")
+            if error is not None:
+                responses[incoming.position] = self._refusal(error)
+            else:
+                responses[incoming.position] = self._answer([output[at:end] for output in outputs])
+            at = end
+
+    def _answer(self, outputs: list[NDArray[Any]]) -> Any:
+        jagged = self._reader.jagged
+        tensors = [
+            self._pb.Tensor(spec.name, rows[None] if jagged else rows) for spec, rows in zip(self._outputs, outputs, strict=True)
+        ]
+        return self._pb.InferenceResponse(tensors)
+
+    def _refusal(self, error: Exception) -> Any:
+        """The error response; anything that sidepool did not raise on purpose is a defect and goes to Triton's log too."""
+        triton = self._pb.TritonError
+        if not isinstance(error, SidepoolError):
+            self._pb.Logger.log_error(f"sidepool: {type(error).__name__}: {error}")
+            error = SidepoolError(f"{type(error).__name__}: {error}")
+        self._times.add_error(error.code)
+        kind = (
+            triton.INVALID_ARG if isinstance(error, LookupRejected) else triton.UNAVAILABLE if error.retryable else triton.INTERNAL
+        )
+        return self._pb.InferenceResponse(error=triton(f"[{error.code}] {error}", kind))
+
+    def _cancelled(self) -> Any:
+        self._times.add_error("CANCELLED")
+        return self._pb.InferenceResponse(
+            error=self._pb.TritonError("[CANCELLED] the caller gave up", self._pb.TritonError.CANCELLED)
+        )
+
+    def _pooled_rows(self, samples: int) -> Any:
+        """The first `samples` rows of the buffer that lookups write into; grown by doubling."""
+        if samples > len(self._pooled):
+            self._pooled = self._dense.host_buffer(1 << (samples - 1).bit_length(), self._width)
+        return self._pooled[:samples]
+
+    def _merged_inputs(self, accepted: list[Incoming]) -> dict[str, Any]:
+        """The dense program's inputs over all requests; a single request's are used where they lie."""
+        from_numpy = self._torch.from_numpy
+        if len(accepted) == 1:
+            return {name: from_numpy(array) for name, array in accepted[0].inputs.items()}
+        return {name: from_numpy(np.concatenate([incoming.inputs[name] for incoming in accepted])) for name in accepted[0].inputs}
+
+
+def _empty(spec: TensorSpec) -> NDArray[Any]:
+    """What a request without samples gets: an output without rows."""
+    return np.empty([max(size, 0) for size in spec.shape], spec.dtype)
