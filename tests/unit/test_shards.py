@@ -11,6 +11,7 @@ from small_artifact import OTHER_SIDECAR, SIDECAR, write_small_artifact
 from sidepool import _native
 from sidepool.sidecar.shards import LoadCancelled, load_tables
 from sidepool.wire.errors import PlanError, ShardCorrupt
+from sidepool.wire.plan import Plan
 
 
 def flip_last_byte(path: Path) -> None:
@@ -84,7 +85,7 @@ def test_a_name_that_the_plan_does_not_know_is_refused(tmp_path: Path) -> None:
 
 def test_shards_written_for_another_plan_are_refused(tmp_path: Path) -> None:
     artifact = write_small_artifact(tmp_path)
-    other = artifact.plan.model_copy(update={"epoch": 2})
+    other = Plan(**{**dict(artifact.plan), "epoch": 2})
     with pytest.raises(PlanError, match="shards of plan"):
         load_tables(other, SIDECAR, artifact.shards)
 

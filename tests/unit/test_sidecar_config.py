@@ -83,7 +83,7 @@ def test_a_wrong_value_is_named_with_what_is_allowed(change: dict[str, Any], com
 
 
 @pytest.mark.parametrize(
-    "endpoint", ["50151", "127.0.0.1", "127.0.0.1:", ":1", "a:65536", "a:-1", "::1:80", "[::1]", "[a]:1", "a:١"]
+    "endpoint", ["50151", "127.0.0.1", "127.0.0.1:", ":1", "a:65536", "a:-1", "::1:80", "[::1]", "[a]:1", "a:\u0661"]
 )
 def test_what_is_no_endpoint_is_refused(endpoint: str) -> None:
     with pytest.raises(ConfigError, match=r"listen\.grpc: found .*; allowed: host:port"):
