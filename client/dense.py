@@ -123,7 +123,9 @@ class _CudaRunner:
                     static[:batch].copy_(given, non_blocking=True)
                 captured.graph.replay()
                 outputs = tuple(out[:batch] for out in captured.outputs)
-            results = tuple(torch.empty(out.shape, dtype=out.dtype, pin_memory=True).copy_(out, non_blocking=True) for out in outputs)
+            results = tuple(
+                torch.empty(out.shape, dtype=out.dtype, pin_memory=True).copy_(out, non_blocking=True) for out in outputs
+            )
         self._stream.synchronize()
         return results
 
