@@ -6,7 +6,9 @@ that share every weight: one id per feature (`single_id`), and bags of ids (`mul
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +35,7 @@ def table_rows(max_rows: int = DEFAULT_MAX_ROWS) -> tuple[int, ...]:
 def mlp(widths: Sequence[int], *, last_relu: bool) -> nn.Sequential:
     """Linear layers of the given widths with ReLU between them, and after the last where `last_relu`."""
     layers: list[nn.Module] = []
-    for before, after in zip(widths, widths[1:], strict=False):
+    for before, after in pairwise(widths):
         layers += [nn.Linear(before, after), nn.ReLU(inplace=True)]
     return nn.Sequential(*(layers if last_relu else layers[:-1]))
 
@@ -57,10 +59,12 @@ class Dlrm(nn.Module):
 
     def __init__(self, rows: Sequence[int], dim: int = DIM) -> None:
         super().__init__()
-        self.tables = nn.ModuleList(nn.EmbeddingBag(n, dim, mode="sum", sparse=True) for n in rows)
-        for table in self.tables:
+        tables = [nn.EmbeddingBag(n, dim, mode="sum", sparse=True) for n in rows]
+        for table in tables:
             # DLRM's own initialisation: uniform within ±1/sqrt(rows).
-            nn.init.uniform_(table.weight, -(table.num_embeddings**-0.5), table.num_embeddings**-0.5)
+            bound = 1 / math.sqrt(table.num_embeddings)
+            nn.init.uniform_(table.weight, -bound, bound)
+        self.tables = nn.ModuleList(tables)
         features = len(rows) + 1
         self.bottom = mlp((DENSE_FEATURES, 512, 256, dim), last_relu=True)
         self.interaction = DotInteraction(features)
@@ -98,9 +102,7 @@ def single_id(max_rows: int = DEFAULT_MAX_ROWS, seed: int = 0) -> tuple[SingleId
     return model, (torch.randn(EXAMPLE_BATCH, DENSE_FEATURES), ids)
 
 
-def multi_hot(
-    max_rows: int = DEFAULT_MAX_ROWS, seed: int = 0
-) -> tuple[MultiHotDlrm, tuple[Tensor, list[Tensor], list[Tensor]]]:
+def multi_hot(max_rows: int = DEFAULT_MAX_ROWS, seed: int = 0) -> tuple[MultiHotDlrm, tuple[Tensor, list[Tensor], list[Tensor]]]:
     """The multi-hot variant and example inputs for it (MLPerf's ids per bag); the same weights as `single_id`."""
     torch.manual_seed(seed)
     rows = table_rows(max_rows)

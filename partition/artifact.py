@@ -1,0 +1,121 @@
+"""Write the artifact of a partitioned model: a Triton model repository, the plan, one directory per sidecar.
+
+Everything is written into a sibling directory, synced, and renamed into place: OUT is complete or absent.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import yaml
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sidepool.partition.report import PartitionReport
+from sidepool.partition.triton_config import SHIM, TritonOptions, config_text
+from sidepool.wire.checksum import crc32c
+from sidepool.wire.errors import CutError
+from sidepool.wire.model import MODEL_FILE, PLAN_FILE, save_model
+from sidepool.wire.plan import Plan, RowFormat, Table, save_plan
+from sidepool.wire.shards import ShardFile, ShardManifest, save_manifest
+
+# Rows that are checked and summed at a time: 16 MB of dim 64, so that a table is never copied as a whole.
+CHUNK_ROWS = 65_536
+_TORCH_FORMATS = {RowFormat.FP32: torch.float32, RowFormat.FP16: torch.float16}
+
+
+def check_out_dir(out_dir: Path) -> None:
+    """Refuse a place that holds something already; raises `CutError`."""
+    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
+        raise CutError(
+            f"out: found {out_dir}, which is not empty; allowed: a directory that is empty or does not exist\nremedy: remove it"
+        )
+
+
+def write_artifact(
+    out_dir: Path, report: PartitionReport, weights: Mapping[str, Tensor], programs: Mapping[str, bytes], options: TritonOptions
+) -> None:
+    """Write everything. `weights`: the tables, by name; `programs`: file name → content. Raises `CutError`; leaves no half."""
+    try:
+        with _replacing(out_dir) as staging:
+            save_plan(report.plan, staging / PLAN_FILE)
+            report.write(staging)
+            _write_repository(staging / "model_repository" / report.model.name, report, programs, options)
+            for index in range(len(report.plan.sidecars)):
+                _write_sidecar(staging / "sidecars" / report.plan.sidecars[index].name, report.plan, index, weights)
+    except OSError as e:
+        raise CutError(f"out: {out_dir} cannot be written: {e}") from e
+
+
+@contextmanager
+def _replacing(out_dir: Path) -> Iterator[Path]:
+    """A staging directory beside `out_dir` that takes its place at the end, or vanishes on any error."""
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    staging = out_dir.parent / f".{out_dir.name}.{os.getpid()}.partial"
+    staging.mkdir()
+    try:
+        yield staging
+        for folder, _, files in os.walk(staging):
+            for path in (*(Path(folder, file) for file in files), Path(folder)):
+                _sync(path)
+        check_out_dir(out_dir)
+        os.rename(staging, out_dir)  # replaces an empty directory
+        _sync(out_dir.parent)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_repository(directory: Path, report: PartitionReport, programs: Mapping[str, bytes], options: TritonOptions) -> None:
+    version = directory / "1"
+    version.mkdir(parents=True)
+    (directory / "config.pbtxt").write_text(config_text(report.model, options), encoding="utf-8")
+    (version / "model.py").write_text(SHIM, encoding="utf-8")
+    save_plan(report.plan, version / PLAN_FILE)
+    save_model(report.model, version / MODEL_FILE)
+    for file, content in programs.items():
+        (version / file).write_bytes(content)
+
+
+def _write_sidecar(directory: Path, plan: Plan, index: int, weights: Mapping[str, Tensor]) -> None:
+    shards = directory / "shards"
+    shards.mkdir(parents=True)
+    sidecar = plan.sidecars[index]
+    config = {
+        "version": 1,
+        "name": sidecar.name,
+        "plan": f"../../{PLAN_FILE}",
+        "shards": "shards",
+        "listen": {"grpc": sidecar.address, "tcp": "127.0.0.1:0", "unix": None, "metrics": "127.0.0.1:0"},
+    }
+    (directory / "sidecar.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    held = [(i, t) for i, (t, owner) in enumerate(zip(plan.tables, plan.sidecar_of_table, strict=True)) if owner == index]
+    files = tuple(_write_table(shards, f"table-{i:04d}.safetensors", table, weights[table.name]) for i, table in held)
+    save_manifest(ShardManifest(sidecar=sidecar.name, plan_fingerprint=plan.fingerprint, shards=files), shards)
+
+
+def _write_table(directory: Path, file: str, table: Table, weight: Tensor) -> ShardFile:
+    """One safetensors file; the weight itself is written, without a copy, unless the row format differs."""
+    rows = weight.detach().cpu().to(_TORCH_FORMATS[table.row_format]).contiguous()
+    checksum = 0
+    for begin in range(0, table.rows, CHUNK_ROWS):
+        chunk = rows[begin : begin + CHUNK_ROWS]
+        finite = torch.isfinite(chunk).all(dim=1)
+        if not bool(finite.all()):
+            row = begin + int((~finite).nonzero()[0])
+            raise CutError(f"table {table.name}: row {row} holds NaN or infinity as {table.row_format}; allowed: finite values")
+        checksum = crc32c(chunk.numpy(), checksum)
+    save_file({table.name: rows}, directory / file)
+    return ShardFile(table=table.name, file=file, rows=table.rows, dim=table.dim, row_format=table.row_format, crc32c=checksum)

@@ -1,0 +1,209 @@
+"""Capture a model as a graph of ATen operators over named inputs (`torch.export`, functionalised, batch dynamic)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import InputKind, OutputKind
+from torch.utils import _pytree as pytree
+
+from sidepool.wire.errors import CutError
+from sidepool.wire.model import TensorSpec
+
+DTYPES: dict[torch.dtype, Any] = {
+    torch.float32: "float32",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+    torch.float64: "float64",
+    torch.int64: "int64",
+    torch.int32: "int32",
+    torch.bool: "bool",
+}
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A model as one flat graph. Tensors are the model's own, never copies."""
+
+    graph: fx.Graph
+    inputs: tuple[fx.Node, ...]
+    """Placeholders of the model's inputs, in call order."""
+    examples: tuple[Tensor, ...]
+    """Example values of `inputs`."""
+    states: Mapping[fx.Node, tuple[str, Tensor]]
+    """Placeholders of parameters, buffers and constants: qualified name and value."""
+    parameters: frozenset[fx.Node]
+    outputs: tuple[fx.Node, ...]
+    output_names: tuple[str, ...]
+    expected: tuple[Tensor, ...]
+    """What the model itself gives for `examples`."""
+
+    def input_specs(self) -> tuple[TensorSpec, ...]:
+        """Names, dtypes and shapes of the inputs; sizes that vary are -1."""
+        return tuple(_spec(str(node.target), node) for node in self.inputs)
+
+    def output_specs(self) -> tuple[TensorSpec, ...]:
+        """Names, dtypes and shapes of the outputs, batch first."""
+        return tuple(_spec(name, node) for name, node in zip(self.output_names, self.outputs, strict=True))
+
+
+def capture(model: nn.Module, example_inputs: Any) -> Captured:
+    """Export `model`; its training mode is restored afterwards.
+
+    example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments; lists and dicts may be nested in
+    them. Every tensor's first dimension (batch, or ids of a jagged feature) must be at least 2.
+    Raises `CutError` where inputs or model cannot be captured.
+    """
+    if not isinstance(model, nn.Module):
+        raise CutError(f"model: found {type(model).__name__}; allowed: a torch.nn.Module")
+    args, kwargs = _arguments(example_inputs)
+    examples = tuple(_checked_examples((args, kwargs)))
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            names, expected = _outputs(_run(model, args, kwargs))
+            program = _export(model, args, kwargs)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    return _captured(program, examples, names, expected)
+
+
+@contextmanager
+def quiet_torch() -> Iterator[None]:
+    """Hide deprecations that torch.export and fx raise against torch itself."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\..*")
+        yield
+
+
+def source_line(node: fx.Node) -> str:
+    """Where in the model's code a node comes from, for messages: `file:line in function`, as torch recorded it."""
+    trace = str(node.meta.get("stack_trace") or "")
+    places = [line.strip() for line in trace.splitlines() if line.strip().startswith("File ")]
+    outside = [place for place in places if "/torch/" not in place] or places
+    return outside[-1] if outside else "unknown source line"
+
+
+def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(example_inputs, Tensor):
+        return (example_inputs,), {}
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, Sequence) and not isinstance(example_inputs, str):
+        return tuple(example_inputs), {}
+    raise CutError(
+        f"example inputs: found {type(example_inputs).__name__}; allowed: a tensor, a tuple of arguments or "
+        "a dict of keyword arguments"
+    )
+
+
+def _checked_examples(arguments: Any) -> Iterator[Tensor]:
+    leaves, _ = pytree.tree_flatten(arguments)
+    if not leaves:
+        raise CutError("example inputs: found none; allowed: at least one tensor")
+    for position, leaf in enumerate(leaves):
+        where = f"example inputs: tensor {position}"
+        if not isinstance(leaf, Tensor):
+            raise CutError(f"{where}: found {leaf!r}; allowed: tensors only (fix constants inside the model)")
+        if leaf.dtype not in DTYPES:
+            raise CutError(f"{where}: found dtype {leaf.dtype}; allowed: {', '.join(DTYPES.values())}")
+        # Export treats sizes 0 and 1 as constants, so an example of size 1 would fix the batch.
+        if leaf.dim() == 0 or leaf.shape[0] < 2:
+            raise CutError(f"{where}: found shape {list(leaf.shape)}; allowed: a first dimension of at least 2 (batch, or ids)")
+        yield leaf
+
+
+def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    try:
+        return model(*args, **kwargs)
+    except Exception as e:
+        raise CutError(f"example inputs: the model itself refuses them: {type(e).__name__}: {_first_lines(e)}") from e
+
+
+def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
+    def dynamic(value: Any) -> Any:
+        return pytree.tree_map(lambda _: {0: Dim.DYNAMIC}, value)
+
+    shapes = tuple(dynamic(a) for a in args) if not kwargs else {k: dynamic(v) for k, v in kwargs.items()}
+    try:
+        with quiet_torch():
+            program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+            # Functionalised, so that no operator writes into what another one reads; nothing is decomposed.
+            functional: ExportedProgram = program.run_decompositions({})
+            return functional
+    except Exception as e:
+        raise CutError(
+            f"model: torch.export cannot capture it with a varying batch: {type(e).__name__}: {_first_lines(e)}\n"
+            "remedy: no data-dependent control flow, and no batch size fixed as a number in the model's code"
+        ) from e
+
+
+def _outputs(result: Any) -> tuple[tuple[str, ...], tuple[Tensor, ...]]:
+    """Names and values of what the model returns: `score` for one tensor, a dict's keys, else `output_0`, …"""
+    names: tuple[str, ...] = ()
+    values: tuple[Tensor, ...] = ()
+    if isinstance(result, Tensor):
+        names, values = ("score",), (result,)
+    elif isinstance(result, Mapping):
+        names, values = tuple(map(str, result.keys())), tuple(result.values())
+    elif isinstance(result, Sequence) and not isinstance(result, str):
+        names, values = tuple(f"output_{i}" for i in range(len(result))), tuple(result)
+    if not values or not all(isinstance(v, Tensor) for v in values):
+        raise CutError(f"model: returns {type(result).__name__}; allowed: a tensor, or a tuple or dict of tensors")
+    for name, value in zip(names, values, strict=True):
+        if value.dtype not in DTYPES:
+            raise CutError(f"model: output {name}: found dtype {value.dtype}; allowed: {', '.join(DTYPES.values())}")
+    return names, values
+
+
+def _captured(
+    program: ExportedProgram, examples: tuple[Tensor, ...], names: tuple[str, ...], expected: tuple[Tensor, ...]
+) -> Captured:
+    graph = program.graph
+    nodes = {node.name: node for node in graph.nodes}
+    for output in program.graph_signature.output_specs:
+        if output.kind is not OutputKind.USER_OUTPUT:
+            raise CutError(
+                f"model: writes to {output.target!r} in forward; allowed: a model that only reads its parameters and buffers"
+            )
+    inputs: list[fx.Node] = []
+    states: dict[fx.Node, tuple[str, Tensor]] = {}
+    parameters: set[fx.Node] = set()
+    for spec in program.graph_signature.input_specs:
+        node = nodes[spec.arg.name]
+        if spec.kind is InputKind.USER_INPUT:
+            inputs.append(node)
+            continue
+        target = str(spec.target)
+        value = program.state_dict[target] if target in program.state_dict else program.constants[target]
+        if not isinstance(value, Tensor):
+            raise CutError(f"model: holds {target!r} of {type(value).__name__}; allowed: tensors only")
+        states[node] = (target, value)
+        if spec.kind is InputKind.PARAMETER:
+            parameters.add(node)
+    outputs = tuple(nodes[spec.arg.name] for spec in program.graph_signature.output_specs)
+    for name, node in zip(names, outputs, strict=True):
+        shape = node.meta["val"].shape
+        if len(shape) == 0 or isinstance(shape[0], int):
+            raise CutError(f"model: output {name}: found shape {list(shape)}; allowed: the batch as its first dimension")
+    return Captured(graph, tuple(inputs), examples, states, frozenset(parameters), outputs, names, expected)
+
+
+def _spec(name: str, node: fx.Node) -> TensorSpec:
+    value = node.meta["val"]
+    return TensorSpec(name=name, dtype=DTYPES[value.dtype], shape=tuple(n if isinstance(n, int) else -1 for n in value.shape))
+
+
+def _first_lines(error: Exception) -> str:
+    return " ".join(line.strip() for line in str(error).strip().splitlines()[:3])[:500]

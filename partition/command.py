@@ -1,0 +1,125 @@
+"""`sidepool partition MODULE:FUNCTION --out DIR`: partition what a function returns."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from sidepool.wire.errors import CutError
+from sidepool.wire.plan import RowFormat
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `sidepool partition`."""
+    parser.add_argument(
+        "source", metavar="MODULE:FUNCTION", help="function that returns (model, example_inputs); MODULE may be a .py file"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write; must be empty or not exist")
+    parser.add_argument("--name", help="name of the Triton model (default: FUNCTION)")
+    parser.add_argument("--sidecars", type=int, default=2, metavar="N", help="number of sidecars (default: 2)")
+    parser.add_argument(
+        "--address",
+        action="append",
+        metavar="HOST:PORT",
+        help="control plane of a sidecar, once per sidecar in order (default: 127.0.0.1, ports from 50151)",
+    )
+    parser.add_argument(
+        "--lane", choices=("auto", "shm", "tcp", "grpc"), default="shm", help="how the ranker reaches the sidecars (default: shm)"
+    )
+    parser.add_argument(
+        "--max-batch",
+        type=_positive,
+        metavar="N",
+        help="samples (fixed-width) or requests (jagged) that Triton merges at most (default: 512 or 64)",
+    )
+    parser.add_argument(
+        "--instance-kind", choices=("cpu", "gpu"), default="cpu", help="where the dense program runs (default: cpu)"
+    )
+    parser.add_argument(
+        "--row-format", choices=tuple(map(str, RowFormat)), default="fp32", help="how rows are stored (default: fp32)"
+    )
+    parser.add_argument(
+        "--epoch",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="plan epoch; raise it when replacing an artifact in service (default: 1)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Partition and print the report; raises `CutError` or `PlanError`."""
+    from sidepool.partition.partitioner import partition_model
+    from sidepool.partition.triton_config import TritonOptions
+
+    model, inputs, function = load_source(args.source)
+    report = partition_model(
+        model,
+        inputs,
+        args.out,
+        name=args.name or function,
+        sidecars=args.sidecars,
+        addresses=args.address,
+        row_format=args.row_format,
+        epoch=args.epoch,
+        triton=TritonOptions(max_batch=args.max_batch, instance_kind=args.instance_kind, lane=args.lane),
+    )
+    print(report.text, end="")
+    print(f"written to {report.out_dir}")
+    return 0
+
+
+def load_source(source: str) -> tuple[nn.Module, Any, str]:
+    """Call `MODULE:FUNCTION`; returns model, example inputs and the function's name. Raises `CutError`."""
+    module_name, colon, function_name = source.rpartition(":")
+    if not colon or not module_name or not function_name.isidentifier():
+        raise CutError(f"source: found {source!r}; allowed: MODULE:FUNCTION or FILE.py:FUNCTION")
+    function = getattr(_load_module(module_name), function_name, None)
+    if not callable(function):
+        raise CutError(f"source: {module_name} has no function {function_name!r}; allowed: a function without arguments")
+    try:
+        result = function()
+    except Exception as e:
+        raise CutError(f"source: {source} failed: {type(e).__name__}: {e}") from e
+    from torch import nn
+
+    if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[0], nn.Module):
+        found = f"({', '.join(type(r).__name__ for r in result)})" if isinstance(result, tuple) else type(result).__name__
+        raise CutError(f"source: {source} returned {found}; allowed: a tuple (torch.nn.Module, example inputs)")
+    return result[0], result[1], function_name
+
+
+def _load_module(name: str) -> ModuleType:
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        if not name.endswith(".py"):
+            return importlib.import_module(name)
+        path = Path(name).resolve()
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        if spec is None or spec.loader is None or not path.is_file():
+            raise CutError(f"source: found {name!r}; allowed: an importable module or an existing .py file")
+        module = importlib.util.module_from_spec(spec)
+        # Registered, so that torch finds the sources of what the file defines.
+        sys.modules[path.stem] = module
+        spec.loader.exec_module(module)
+        return module
+    except CutError:
+        raise
+    except Exception as e:
+        raise CutError(f"source: {name} cannot be imported: {type(e).__name__}: {e}") from e
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"found {value}; allowed: 1 or more")
+    return value

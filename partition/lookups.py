@@ -1,0 +1,258 @@
+"""Find the lookups of a captured model: embedding operators over a parameter, and where their ids come from."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from sidepool.partition.capture import Captured, source_line
+from sidepool.partition.sources import (
+    Columns,
+    behind_casts,
+    check_index_arithmetic,
+    constant_in,
+    evaluate,
+    find_columns,
+    packet,
+    probe_inputs,
+)
+from sidepool.wire.errors import CutError
+from sidepool.wire.plan import Pooling
+
+aten = torch.ops.aten
+_BAGS = {aten.embedding_bag, aten._embedding_bag, aten._embedding_bag_forward_only}
+_BAG_POOLING = (Pooling.SUM, Pooling.MEAN, Pooling.MAX)  # torch's numbers for the modes
+_BAG_DEFAULTS = {"offsets": None, "mode": 0, "per_sample_weights": None, "include_last_offset": False, "padding_idx": None}
+
+
+@dataclass(frozen=True)
+class Jagged:
+    """Ids in torch's EmbeddingBag form, all of them model inputs."""
+
+    values: fx.Node
+    offsets: fx.Node
+    weights: fx.Node | None
+    include_last_offset: bool
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """One embedding operator of the graph: one feature of the plan."""
+
+    node: fx.Node
+    """The operator."""
+    output: fx.Node
+    """The node that the looked-up vectors replace."""
+    table: str
+    weight: Tensor
+    pooling: Pooling
+    source: Columns | Jagged
+    weights: fx.Node | None = None
+    """Weights `[batch · ids]` of a fixed-width bag: its rows come back unpooled and the dense program reduces them."""
+
+    @property
+    def dim(self) -> int:
+        return int(self.weight.shape[1])
+
+
+def find_lookups(captured: Captured) -> tuple[Lookup, ...]:
+    """Every lookup that can leave the model, in graph order. Raises `CutError` naming operator and source line."""
+    operators = [n for n in captured.graph.nodes if packet(n) is aten.embedding or packet(n) in _BAGS]
+    tables = _table_names(captured, operators)
+    chosen = [n for n in operators if n.args[0] in tables and not _constant_ids(captured, n)]
+    if not chosen:
+        raise CutError(
+            f"model: found {len(operators)} embedding operators, none of them over a parameter with ids from the model's inputs; "
+            "allowed: at least one nn.Embedding or nn.EmbeddingBag that is looked up by an input"
+        )
+    all_lookups = frozenset(chosen)
+    found = []
+    for node in chosen:
+        lookup = _embedding(captured, node, tables) if packet(node) is aten.embedding else _bag(captured, node, tables)
+        if isinstance(lookup.source, Columns):
+            check_index_arithmetic(captured, lookup.source.root, all_lookups, _where(node))
+        found.append(lookup)
+    _check_tables(captured, found, all_lookups)
+    return tuple(found)
+
+
+def feature_names(lookups: Sequence[Lookup]) -> tuple[str, ...]:
+    """A name per lookup: after its ids (`sparse.3`, `values_0`), with its table where several share these ids."""
+    names = [_source_name(lookup) for lookup in lookups]
+    twice = {name for name, n in Counter(names).items() if n > 1}
+    names = [f"{name}.{lookup.table}" if name in twice else name for name, lookup in zip(names, lookups, strict=True)]
+    seen: Counter[str] = Counter()
+    unique = []
+    for name in names:
+        seen[name] += 1
+        unique.append(name if seen[name] == 1 else f"{name}.{seen[name]}")
+    return tuple(unique)
+
+
+def _where(node: fx.Node) -> str:
+    return f"{node.name} ({source_line(node)})"
+
+
+def _table_names(captured: Captured, operators: Sequence[fx.Node]) -> dict[fx.Node, str]:
+    """Weights that are looked up → table names; weights that share memory are one table."""
+    names: dict[fx.Node, str] = {}
+    by_memory: dict[tuple[int, tuple[int, ...]], str] = {}
+    for node in operators:
+        weight = node.args[0]
+        if not isinstance(weight, fx.Node) or weight not in captured.states or weight in names:
+            continue
+        name, value = captured.states[weight]
+        short = name.removesuffix(".weight")
+        names[weight] = by_memory.setdefault((value.data_ptr(), tuple(value.shape)), short)
+    return names
+
+
+def _constant_ids(captured: Captured, node: fx.Node) -> bool:
+    """Whether a lookup's ids are the same in every call (position embeddings): it stays in the dense program."""
+    ids = node.args[1]
+    return isinstance(ids, fx.Node) and constant_in((ids,), captured)
+
+
+def _embedding(captured: Captured, node: fx.Node, tables: dict[fx.Node, str]) -> Lookup:
+    weight, ids = _node(node.args[0]), _node(node.args[1])
+    shape = ids.meta["val"].shape
+    if len(shape) == 0 or isinstance(shape[0], int) or not all(isinstance(n, int) for n in shape[1:]):
+        raise CutError(
+            f"{_where(node)}: found ids of shape {list(shape)}; allowed: [batch, …] with every other size fixed\n"
+            "remedy: use nn.EmbeddingBag for a varying number of ids"
+        )
+    bag_ids = 1
+    for n in shape[1:]:
+        bag_ids *= int(n)
+    pooling, output = (Pooling.SUM, node) if bag_ids == 1 else _reduction(node)
+    source = find_columns(captured, ids, bag_ids)
+    return Lookup(node, output, tables[weight], captured.states[weight][1], pooling, source)
+
+
+def _node(argument: object) -> fx.Node:
+    """An operator's tensor argument: in a graph it is always a node."""
+    assert isinstance(argument, fx.Node)
+    return argument
+
+
+def _reduction(node: fx.Node) -> tuple[Pooling, fx.Node]:
+    """The pooling that a `[batch, ids, dim]` lookup gets: its only user's, where that is a plain sum or mean over the ids."""
+    users = list(node.users)
+    if len(users) == 1 and node.meta["val"].dim() == 3:
+        user = users[0]
+        modes = {aten.sum.dim_IntList: Pooling.SUM, aten.mean.dim: Pooling.MEAN}
+        mode = modes.get(user.target)  # type: ignore[call-overload]
+        if mode is not None and user.args[1] in ([1], [-2]) and user.kwargs.get("dtype") is None:
+            return mode, user
+    return Pooling.NONE, node
+
+
+def _bag(captured: Captured, node: fx.Node, tables: dict[fx.Node, str]) -> Lookup:
+    arguments = _BAG_DEFAULTS | _bag_arguments(node)
+    weight, values, offsets = (_node(arguments[k]) for k in ("weight", "indices", "offsets"))
+    weights = None if arguments["per_sample_weights"] is None else _node(arguments["per_sample_weights"])
+    name, table = captured.states[weight][0], captured.states[weight][1]
+    pooling = _BAG_POOLING[int(arguments["mode"])]  # type: ignore[call-overload]
+    _check_padding(node, name, table, arguments["padding_idx"], pooling)
+    output = _only_result(node)
+    last = bool(arguments["include_last_offset"])
+    if constant_in((offsets,), captured):
+        bag_ids = _fixed_bag_ids(captured, node, offsets, last)
+        source = find_columns(captured, values, bag_ids)
+        if weights is not None:
+            return Lookup(node, output, tables[weight], table, Pooling.NONE, source, weights)
+        return Lookup(node, output, tables[weight], table, pooling, source)
+    return Lookup(node, output, tables[weight], table, pooling, _jagged(captured, node, values, offsets, weights, last))
+
+
+def _bag_arguments(node: fx.Node) -> dict[str, object]:
+    """Arguments of an embedding-bag operator by name, whichever overload it is."""
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    given = dict(zip((a.name for a in schema), node.args, strict=False)) | dict(node.kwargs)
+    return {name: value for name, value in given.items() if name != "padding_idx" or value not in (None, -1)}
+
+
+def _check_padding(node: fx.Node, name: str, table: Tensor, padding: object, pooling: Pooling) -> None:
+    """A padded id is left out of its bag; for a sum that is the same as a row of zeros, otherwise it is not."""
+    if padding is None:
+        return
+    row = int(padding)  # type: ignore[call-overload]
+    if pooling is not Pooling.SUM or bool(table[row].any()):
+        raise CutError(
+            f"{_where(node)}: found padding_idx {row} of {name} with mode {pooling}; allowed: mode sum and a row {row} of zeros\n"
+            f"remedy: leave padded ids out of the bags, or set {name}[{row}] to zero and use mode sum"
+        )
+
+
+def _only_result(node: fx.Node) -> fx.Node:
+    """The pooled vectors of an embedding-bag operator; its other results must be unused."""
+    result: fx.Node | None = None
+    for user in node.users:
+        if user.args[1] == 0:
+            result = user
+        elif user.users:
+            raise CutError(f"{_where(node)}: result {user.args[1]} is used; allowed: only the pooled vectors of an embedding bag")
+    if result is None:
+        raise CutError(f"{_where(node)}: its pooled vectors are not used\nremedy: take the operator out of the model")
+    return result
+
+
+def _fixed_bag_ids(captured: Captured, node: fx.Node, offsets: fx.Node, last: bool) -> int:
+    """Ids per bag where offsets depend on sizes only, as for a matrix of ids."""
+    steps = set()
+    for batch in (2, 3):
+        found = evaluate(offsets, probe_inputs(captured, batch)).tolist()
+        found = found[:-1] if last else found
+        step = found[1] if len(found) == batch else -1
+        steps.add(step if found == [i * step for i in range(batch)] else -1)
+    bag_ids = steps.pop()
+    if steps or bag_ids < 1:
+        raise CutError(f"{_where(node)}: found offsets that are neither an input nor evenly spaced; allowed: one of the two")
+    return int(bag_ids)
+
+
+def _jagged(captured: Captured, node: fx.Node, values: fx.Node, offsets: fx.Node, weights: fx.Node | None, last: bool) -> Jagged:
+    plain = [behind_casts(n) for n in (values, offsets)] + ([behind_casts(weights)] if weights is not None else [])
+    for what, origin in zip(("values", "offsets", "per-sample weights"), plain, strict=False):
+        if origin not in captured.inputs:
+            raise CutError(
+                f"{_where(node)}: found {what} computed by {origin.name} ({source_line(origin)}); allowed: the {what} of a jagged "
+                "feature as an input of the model\nremedy: apply the arithmetic before calling the model, or give the ids as a "
+                "fixed-width matrix, for which index arithmetic is supported"
+            )
+        if origin.meta["val"].dim() != 1:
+            raise CutError(f"{_where(node)}: found {what} of shape {list(origin.meta['val'].shape)}; allowed: one dimension")
+    return Jagged(plain[0], plain[1], plain[2] if weights is not None else None, last)
+
+
+def _check_tables(captured: Captured, lookups: Sequence[Lookup], operators: frozenset[fx.Node]) -> None:
+    """A table that leaves must be a float32 matrix that nothing else reads."""
+    moved = {lookup.weight.data_ptr() for lookup in lookups}
+    for weight, (name, value) in captured.states.items():
+        if value.data_ptr() not in moved or value.dim() != 2:
+            continue
+        if value.dtype is not torch.float32:
+            raise CutError(f"table {name}: found {value.dtype}; allowed: float32 rows\nremedy: partition model.float()")
+        for user in weight.users:
+            if user not in operators:
+                raise CutError(
+                    f"table {name}: also read by {_where(user)}; allowed: a table that is only looked up by the model's inputs\n"
+                    "remedy: give that operator its own parameter"
+                )
+
+
+def _source_name(lookup: Lookup) -> str:
+    source = lookup.source
+    if isinstance(source, Jagged):
+        return str(source.values.target)
+    if source.root.op != "placeholder":
+        return lookup.table
+    name = str(source.root.target)
+    value = source.root.meta["val"]
+    if value.dim() == 1 or source.end - source.begin == value.shape[1]:
+        return name
+    return f"{name}.{source.begin}" if source.end - source.begin == 1 else f"{name}.{source.begin}-{source.end - 1}"

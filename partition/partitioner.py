@@ -1,0 +1,173 @@
+"""Partition a model: capture, find the lookups, cut the programs, place the tables, check, write."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sidepool.partition.artifact import check_out_dir, write_artifact
+from sidepool.partition.capture import Captured, capture, source_line
+from sidepool.partition.lookups import Jagged, Lookup, feature_names, find_lookups
+from sidepool.partition.placement import place_tables
+from sidepool.partition.programs import Cut, cut_programs, program_bytes
+from sidepool.partition.report import PartitionReport
+from sidepool.partition.sources import packet
+from sidepool.partition.triton_config import TritonOptions
+from sidepool.partition.verify import verify_cut
+from sidepool.wire.config import decode
+from sidepool.wire.errors import PlanError
+from sidepool.wire.model import DenseProgram, FeatureSource, FixedSource, IndexProgram, JaggedSource, ModelSpec
+from sidepool.wire.plan import Plan, Pooling, RowFormat, Table, validate_plan
+
+DENSE_FILE, INDEX_FILE = "dense.pt2", "index.pt2"
+# The port that a sidecar takes by default, and the next ones for further sidecars on the same machine.
+FIRST_PORT = 50151
+_MODEL_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,255}")
+
+
+def partition_model(
+    model: nn.Module,
+    example_inputs: Any,
+    out_dir: str | os.PathLike[str],
+    *,
+    name: str,
+    sidecars: int = 2,
+    addresses: Sequence[str] | None = None,
+    row_format: RowFormat | str = RowFormat.FP32,
+    epoch: int = 1,
+    triton: TritonOptions | None = None,
+) -> PartitionReport:
+    """Cut `model` into lookups and a dense program and write the artifact into `out_dir` (new or empty).
+
+    example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments, batch at least 2. The model is taken in
+    eval mode and left as it was; its tables are written straight from its own memory.
+    addresses: `host:port` of every sidecar's control plane; default: 127.0.0.1, ports from 50151.
+    epoch: of the plan; give a higher one when an artifact replaces another that is being served.
+    Raises `CutError` (model, inputs, output directory) and `PlanError` (names, sidecars, addresses).
+    """
+    out = Path(out_dir)
+    if not _MODEL_NAME.fullmatch(name):
+        raise PlanError(f"name: found {name!r}; allowed: letters, digits, '_', '.', '-', not beginning with '.' or '-'")
+    rows_as = _row_format(row_format)
+    addresses = _addresses(addresses, sidecars)
+    check_out_dir(out)
+    captured = capture(model, example_inputs)
+    cut = cut_programs(captured, find_lookups(captured))
+    error = verify_cut(captured, cut)
+    names = feature_names(cut.lookups)
+    ids = {feature: _ids_per_bag(captured, lookup) for feature, lookup in zip(names, cut.lookups, strict=True)}
+    plan = _plan(name, cut, names, ids, addresses, rows_as, epoch)
+    spec = _spec(name, captured, cut, names)
+    programs = {DENSE_FILE: program_bytes(cut.dense)}
+    if cut.index is not None:
+        programs[INDEX_FILE] = program_bytes(cut.index)
+    report = PartitionReport(plan, spec, out, ids, len(programs[DENSE_FILE]), error, _kept(captured, cut))
+    write_artifact(out, report, {x.table: x.weight for x in cut.lookups}, programs, triton or TritonOptions())
+    return report
+
+
+def _row_format(found: RowFormat | str) -> RowFormat:
+    try:
+        return RowFormat(found)
+    except ValueError:
+        raise PlanError(f"row_format: found {found!r}; allowed: {', '.join(RowFormat)}") from None
+
+
+def _addresses(found: Sequence[str] | None, sidecars: int) -> Sequence[str]:
+    if not found:
+        return [f"127.0.0.1:{FIRST_PORT + i}" for i in range(sidecars)]
+    if len(found) != sidecars or len(set(found)) != sidecars:
+        raise PlanError(f"addresses: found {list(found)}; allowed: {sidecars} different addresses, one per sidecar")
+    return found
+
+
+def _plan(
+    name: str, cut: Cut, names: Sequence[str], ids: Mapping[str, float], addresses: Sequence[str], row_format: RowFormat, epoch: int
+) -> Plan:
+    weights: dict[str, Tensor] = {}
+    loads: dict[str, float] = {}
+    for feature, lookup in zip(names, cut.lookups, strict=True):
+        weights.setdefault(lookup.table, lookup.weight)
+        # A bag costs its rows, and about one row more for the pooled vector that is written and sent.
+        loads[lookup.table] = loads.get(lookup.table, 0.0) + ids[feature] + 1.0
+    tables = [{"name": n, "rows": w.shape[0], "dim": w.shape[1], "row_format": str(row_format)} for n, w in weights.items()]
+    sized = [decode(t, Table, where=f"table {t['name']}", error=PlanError) for t in tables]
+    owners = place_tables(sized, loads, len(addresses))
+    features = [
+        {
+            "name": f,
+            "table": x.table,
+            "pooling": str(x.pooling),
+            "weighted": isinstance(x.source, Jagged) and x.source.weights is not None,
+        }
+        for f, x in zip(names, cut.lookups, strict=True)
+    ]
+    plan = decode(
+        {
+            "epoch": epoch,
+            "model": name,
+            "tables": tables,
+            "features": features,
+            "sidecars": [{"name": f"sidecar-{i}", "address": a} for i, a in enumerate(addresses)],
+            "shards": [
+                {"table": t.name, "sidecar": f"sidecar-{owner}", "rows": [0, t.rows], "columns": [0, t.dim]}
+                for t, owner in zip(sized, owners, strict=True)
+            ],
+        },
+        Plan,
+        where="plan",
+        error=PlanError,
+    )
+    validate_plan(plan)
+    return plan
+
+
+def _spec(name: str, captured: Captured, cut: Cut, names: Sequence[str]) -> ModelSpec:
+    inputs = captured.input_specs()
+    index_names = {root: f"ids.{root.name}" for root in cut.index_roots}
+    features = []
+    for feature, lookup in zip(names, cut.lookups, strict=True):
+        source: FixedSource | JaggedSource
+        if isinstance(lookup.source, Jagged):
+            jagged = lookup.source
+            source = JaggedSource(
+                values=str(jagged.values.target),
+                offsets=str(jagged.offsets.target),
+                include_last_offset=jagged.include_last_offset,
+                weights=None if jagged.weights is None else str(jagged.weights.target),
+            )
+        else:
+            root = lookup.source.root
+            source = FixedSource(input=index_names.get(root, str(root.target)), begin=lookup.source.begin, end=lookup.source.end)
+        features.append(FeatureSource(feature=feature, source=source))
+    index = None
+    if cut.index is not None:
+        index = IndexProgram(
+            file=INDEX_FILE,
+            inputs=tuple(str(n.target) for n in cut.index_inputs),
+            outputs=tuple(index_names[r] for r in cut.index_roots),
+        )
+    sequences = tuple(f for f, x in zip(names, cut.lookups, strict=True) if x.pooling is Pooling.NONE)
+    dense = DenseProgram(file=DENSE_FILE, sequences=sequences, inputs=tuple(str(n.target) for n in cut.dense_inputs))
+    return ModelSpec(name=name, inputs=inputs, features=tuple(features), index=index, dense=dense, outputs=captured.output_specs())
+
+
+def _ids_per_bag(captured: Captured, lookup: Lookup) -> float:
+    if not isinstance(lookup.source, Jagged):
+        return float(lookup.source.end - lookup.source.begin)
+    values = captured.examples[captured.inputs.index(lookup.source.values)]
+    return values.numel() / captured.expected[0].shape[0]
+
+
+def _kept(captured: Captured, cut: Cut) -> list[str]:
+    """Embedding operators that did not leave the model."""
+    moved = {lookup.node for lookup in cut.lookups}
+    operators = {torch.ops.aten.embedding, torch.ops.aten.embedding_bag}
+    kept = [n for n in captured.graph.nodes if packet(n) in operators and n not in moved]
+    return [f"{n.name} ({source_line(n)}): no parameter is looked up by the model's inputs there" for n in kept]

@@ -1,0 +1,262 @@
+"""Cut programs out of a captured graph and save them: the index program and the dense program."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+
+from sidepool.partition.capture import Captured, quiet_torch, source_line
+from sidepool.partition.lookups import Lookup
+from sidepool.partition.pieces import Pieces
+from sidepool.partition.sources import Columns, packet
+from sidepool.wire.errors import CutError
+from sidepool.wire.plan import Pooling
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The programs of a partitioned model. `lookups` is in plan order."""
+
+    lookups: tuple[Lookup, ...]
+    dense: ExportedProgram
+    dense_inputs: tuple[fx.Node, ...]
+    """Model inputs that the dense program takes, after `pooled` and the sequences."""
+    index: ExportedProgram | None
+    index_inputs: tuple[fx.Node, ...]
+    index_roots: tuple[fx.Node, ...]
+    """What the index program computes, one output each."""
+
+
+def cut_programs(captured: Captured, lookups: Sequence[Lookup]) -> Cut:
+    """Build both programs. Raises `CutError` where the dense half needs what only the lookups have."""
+    ordered = plan_order(captured, lookups)
+    dense, dense_inputs = _dense_program(captured, ordered)
+    matrices = dict.fromkeys(x.source.root for x in ordered if isinstance(x.source, Columns))
+    roots = tuple(root for root in matrices if root.op != "placeholder")
+    index, index_inputs = _index_program(captured, roots, batch_sizes(captured, ordered)) if roots else (None, ())
+    return Cut(ordered, dense, dense_inputs, index, index_inputs, roots)
+
+
+def plan_order(captured: Captured, lookups: Sequence[Lookup]) -> tuple[Lookup, ...]:
+    """Features in the order in which the widest concatenations take them, so that these become slices of `pooled`."""
+    by_output = {lookup.output: lookup for lookup in lookups}
+    order: dict[Lookup, None] = {}
+    joins = [n for n in captured.graph.nodes if packet(n) in {aten.cat, aten.stack}]
+    for join in sorted(joins, key=lambda n: -len(n.args[0])):
+        for item in join.args[0]:
+            while item not in by_output and packet(item) in {aten.view, aten.unsqueeze, aten.squeeze, aten.reshape}:
+                item = item.all_input_nodes[0]
+            if item in by_output:
+                order.setdefault(by_output[item])
+    for lookup in lookups:
+        order.setdefault(lookup)
+    return tuple(order)
+
+
+def program_bytes(program: ExportedProgram) -> bytes:
+    """What `torch.export.save` writes for a program."""
+    buffer = io.BytesIO()
+    with quiet_torch():
+        torch.export.save(program, buffer)
+    return buffer.getvalue()
+
+
+class _Copier:
+    """Copies nodes of a captured graph into a new graph, with what they need, states as attributes.
+
+    Sizes that equal the batch are read from `anchor`, so that a program needs no input only for its size.
+    """
+
+    def __init__(self, captured: Captured, where: str, batch_sizes: frozenset[str]) -> None:
+        self.captured, self.where, self.batch_sizes = captured, where, batch_sizes
+        self.graph = fx.Graph()
+        self.copies: dict[fx.Node, fx.Node] = {}
+        self.states: dict[str, Tensor] = {}
+        self.anchor: fx.Node | None = None
+        self.batch: fx.Node | None = None
+
+    def needed(self, *targets: fx.Node) -> list[fx.Node]:
+        """Nodes that must be copied for `targets`, in graph order; stops at copies that exist and at the batch size."""
+        seen: set[fx.Node] = set()
+        waiting = list(targets)
+        while waiting:
+            node = waiting.pop()
+            if node in seen or node in self.copies:
+                continue
+            seen.add(node)
+            if not self.is_batch_size(node):
+                waiting.extend(node.all_input_nodes)
+        return [n for n in self.captured.graph.nodes if n in seen]
+
+    def copy(self, node: fx.Node) -> fx.Node:
+        """Copy one node whose inputs are copied."""
+        if self.is_batch_size(node):
+            self.copies[node] = self.batch_size()
+        elif node in self.captured.states:
+            name, value = self.captured.states[node]
+            flat = name.replace(".", "_")
+            self.states[flat] = value
+            self.copies[node] = self.graph.get_attr(flat)
+        elif node.op == "placeholder":
+            raise CutError(
+                f"{self.where}: needs {node.target!r}, which only the lookups have\nremedy: give it as an input of its own"
+            )
+        else:
+            self.copies[node] = self.graph.node_copy(node, self.copies.__getitem__)
+        return self.copies[node]
+
+    def export(self, outputs: Sequence[fx.Node], examples: Sequence[Tensor]) -> ExportedProgram:
+        """Close the graph with `outputs` and export it; every example's first dimension varies."""
+        self.graph.output(tuple(outputs))
+        self.graph.eliminate_dead_code()
+        root = nn.Module()
+        for name, value in self.states.items():
+            # Buffers, so that programs carry no gradient settings.
+            root.register_buffer(name, value.detach())
+        module = fx.GraphModule(root, self.graph)
+        try:
+            with quiet_torch(), torch.no_grad():
+                shapes = tuple({0: Dim.DYNAMIC} for _ in examples)
+                return torch.export.export(module, tuple(examples), dynamic_shapes=shapes, strict=False)
+        except Exception as e:
+            raise CutError(f"{self.where}: torch.export refuses it: {type(e).__name__}: {str(e)[:500]}") from e
+
+    def is_batch_size(self, node: fx.Node) -> bool:
+        value = node.meta.get("val")
+        return isinstance(value, torch.SymInt) and str(value.node.expr) in self.batch_sizes
+
+    def batch_size(self) -> fx.Node:
+        if self.batch is None:
+            assert self.anchor is not None
+            self.batch = self.graph.call_function(aten.sym_size.int, (self.anchor, 0))
+        return self.batch
+
+
+def batch_sizes(captured: Captured, lookups: Sequence[Lookup]) -> frozenset[str]:
+    """Expressions that mean the batch size: the first dimension of every input that does not hold jagged ids."""
+    jagged: set[fx.Node] = set()
+    for lookup in lookups:
+        if not isinstance(lookup.source, Columns):
+            jagged |= {lookup.source.values, *filter(None, [lookup.source.weights])}
+            if lookup.source.include_last_offset:
+                jagged.add(lookup.source.offsets)
+    sized = [*(n for n in captured.inputs if n not in jagged), *captured.outputs]
+    return frozenset(str(n.meta["val"].shape[0].node.expr) for n in sized if isinstance(n.meta["val"].shape[0], torch.SymInt))
+
+
+def _dense_program(captured: Captured, lookups: Sequence[Lookup]) -> tuple[ExportedProgram, tuple[fx.Node, ...]]:
+    copier = _Copier(captured, "dense program", batch_sizes(captured, lookups))
+    pooled_dims = [x.dim for x in lookups if x.pooling is not Pooling.NONE]
+    sequences = [x for x in lookups if x.pooling is Pooling.NONE]
+    pooled = copier.graph.placeholder("pooled")
+    copier.anchor = pooled
+    sequence_inputs = [copier.graph.placeholder(f"sequence_{i}") for i in range(len(sequences))]
+    copier.copies = dict.fromkeys((x.output for x in lookups), pooled)  # stand-ins, so that the search stops there
+    weights = [x.weights for x in sequences if x.weights is not None]
+    found = copier.needed(*captured.outputs, *weights)
+    inputs = tuple(n for n in captured.inputs if n in found)
+    _check_dense_inputs(inputs, lookups)
+    copier.copies = {n: copier.graph.placeholder(str(n.target)) for n in inputs}
+    pieces = Pieces(copier.graph, pooled, pooled_dims)
+    for lookup, piece in zip((x for x in lookups if x.pooling is not Pooling.NONE), pieces.nodes, strict=True):
+        copier.copies[lookup.output] = _shaped(copier, lookup, piece, pieces)
+    given = dict(zip(sequences, sequence_inputs, strict=True))
+    copier.copies |= {x.output: _unflattened(copier, x, node) for x, node in given.items() if x.weights is None}
+    position = {node: i for i, node in enumerate(captured.graph.nodes)}
+    for lookup in sorted((x for x in sequences if x.weights is not None), key=lambda x: position[x.node]):
+        copier.copies[lookup.output] = _weighted_sum(copier, lookup, given[lookup])
+    for node in copier.needed(*captured.outputs):
+        copier.copies[node] = pieces.join(node, copier.copies) or pieces.move(node, copier.copies) or copier.copy(node)
+    _reuse_buffers(copier.graph)
+    batch = captured.expected[0].shape[0]
+    examples = [torch.zeros(batch, sum(pooled_dims)), *(torch.zeros(batch, _bag_ids(x), x.dim) for x in sequences)]
+    examples += [e for n, e in zip(captured.inputs, captured.examples, strict=True) if n in inputs]
+    return copier.export([copier.copies[n] for n in captured.outputs], examples), inputs
+
+
+def _index_program(
+    captured: Captured, roots: Sequence[fx.Node], sizes: frozenset[str]
+) -> tuple[ExportedProgram, tuple[fx.Node, ...]]:
+    """Ids `[batch, width]` int64, one output per root."""
+    copier = _Copier(captured, "index program", sizes)
+    found = set(copier.needed(*roots))
+    inputs = tuple(n for n in captured.inputs if n in found)
+    copier.copies = {n: copier.graph.placeholder(str(n.target)) for n in inputs}
+    copier.anchor = copier.copies[inputs[0]]
+    outputs = []
+    for root in roots:
+        for node in copier.needed(root):
+            copier.copy(node)
+        matrix = copier.graph.call_function(aten.reshape.default, (copier.copies[root], [copier.batch_size(), -1]))
+        outputs.append(copier.graph.call_function(aten.to.dtype, (matrix, torch.int64)))
+    examples = [e for n, e in zip(captured.inputs, captured.examples, strict=True) if n in inputs]
+    return copier.export(outputs, examples), inputs
+
+
+def _check_dense_inputs(inputs: Sequence[fx.Node], lookups: Sequence[Lookup]) -> None:
+    for lookup in lookups:
+        if isinstance(lookup.source, Columns):
+            continue
+        for node in (lookup.source.values, lookup.source.offsets, lookup.source.weights):
+            if node is not None and node in inputs:
+                raise CutError(
+                    f"dense program: needs {node.target!r}, the ids of a jagged feature ({source_line(lookup.node)}); "
+                    "allowed: jagged ids that are only looked up\nremedy: give what the dense half needs as an input of its own"
+                )
+
+
+def _shaped(copier: _Copier, lookup: Lookup, piece: fx.Node, pieces: Pieces) -> fx.Node:
+    """`piece`, `[batch, dim]`, in the shape that the replaced operator had."""
+    shape = lookup.output.meta["val"].shape
+    if len(shape) == 2:
+        return piece
+    if len(shape) == 3:
+        return pieces.unsqueezed(piece)
+    return copier.graph.call_function(aten.reshape.default, (piece, [copier.batch_size(), *map(int, shape[1:])]))
+
+
+def _unflattened(copier: _Copier, lookup: Lookup, sequence: fx.Node) -> fx.Node:
+    """`sequence`, `[batch, ids, dim]`, in the shape of the replaced operator."""
+    shape = lookup.output.meta["val"].shape
+    if len(shape) == 3:
+        return sequence
+    return copier.graph.call_function(aten.unflatten.int, (sequence, 1, [int(n) for n in shape[1:-1]]))
+
+
+def _weighted_sum(copier: _Copier, lookup: Lookup, sequence: fx.Node) -> fx.Node:
+    """Rows `[batch, ids, dim]` times weights `[batch · ids]`, summed over each bag."""
+    assert lookup.weights is not None
+    for node in copier.needed(lookup.weights):
+        copier.copy(node)
+    weights = copier.graph.call_function(aten.reshape.default, (copier.copies[lookup.weights], [-1, 1, _bag_ids(lookup)]))
+    product = copier.graph.call_function(aten.bmm.default, (weights, sequence))
+    return copier.graph.call_function(aten.squeeze.dim, (product, 1))
+
+
+def _bag_ids(lookup: Lookup) -> int:
+    assert isinstance(lookup.source, Columns)
+    return lookup.source.end - lookup.source.begin
+
+
+def _reuse_buffers(graph: fx.Graph) -> None:
+    """ReLU right behind a linear layer works in place: functionalising took that from models that ask for it."""
+    for node in graph.nodes:
+        if node.target is aten.relu.default and node.args[0].target is aten.linear.default and len(node.args[0].users) == 1:
+            node.target = aten.relu_.default
+
+
+def example_arguments(cut: Cut, captured: Captured, looked_up: Mapping[Lookup, Tensor]) -> list[Tensor]:
+    """Arguments of the dense program for the captured examples, given each lookup's result."""
+    pooled = [looked_up[x] for x in cut.lookups if x.pooling is not Pooling.NONE]
+    first = next(iter(looked_up.values()))
+    arguments = [torch.cat(pooled, dim=1) if pooled else first.new_zeros(first.shape[0], 0)]
+    arguments += [looked_up[x] for x in cut.lookups if x.pooling is Pooling.NONE]
+    by_input = dict(zip(captured.inputs, captured.examples, strict=True))
+    return arguments + [by_input[n] for n in cut.dense_inputs]

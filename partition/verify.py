@@ -1,0 +1,74 @@
+"""Check a cut against the model itself, on the example inputs, before anything is written."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional
+
+from sidepool.partition.capture import Captured, quiet_torch
+from sidepool.partition.lookups import Jagged, Lookup
+from sidepool.partition.programs import Cut, example_arguments
+from sidepool.wire.errors import CutError
+from sidepool.wire.plan import Pooling
+
+# Sums in another order differ by a few units in the last place per layer; a wrong cut differs by far more.
+RELATIVE, ABSOLUTE = 1e-4, 1e-5
+
+
+def verify_cut(captured: Captured, cut: Cut) -> float:
+    """Largest absolute difference of the cut's outputs from the model's own; raises `CutError` where it is not rounding.
+
+    Also checks that a batch of one gives the first sample's outputs: Triton merges requests, so samples must not mix.
+    """
+    with torch.no_grad(), quiet_torch():
+        looked_up = look_up_examples(captured, cut)
+        arguments = example_arguments(cut, captured, looked_up)
+        dense = cut.dense.module(check_guards=False)
+        worst = _compare(captured, dense(*arguments), captured.expected, "the partitioned model differs from the original")
+        try:
+            first = dense(*(a[:1] for a in arguments))
+        except Exception as e:
+            raise CutError(f"dense program: fails for a batch of 1: {type(e).__name__}: {str(e)[:300]}") from e
+        expected = tuple(value[:1] for value in captured.expected)
+        _compare(captured, first, expected, "the first sample alone scores differently: the model mixes the samples of a batch")
+    return worst
+
+
+def look_up_examples(captured: Captured, cut: Cut) -> dict[Lookup, Tensor]:
+    """What every lookup gives for the captured examples, by torch's own operators."""
+    inputs: dict[fx.Node, Tensor] = dict(zip(captured.inputs, captured.examples, strict=True))
+    if cut.index is not None:
+        computed = cut.index.module(check_guards=False)(*(inputs[n] for n in cut.index_inputs))
+        inputs |= dict(zip(cut.index_roots, computed, strict=True))
+    return {lookup: _look_up(lookup, inputs) for lookup in cut.lookups}
+
+
+def _look_up(lookup: Lookup, inputs: dict[fx.Node, Tensor]) -> Tensor:
+    source = lookup.source
+    if isinstance(source, Jagged):
+        weights = inputs[source.weights] if source.weights is not None else None
+        values, offsets = inputs[source.values].long(), inputs[source.offsets].long()
+        last = source.include_last_offset
+        mode = str(lookup.pooling)
+        return functional.embedding_bag(
+            values, lookup.weight, offsets, mode=mode, per_sample_weights=weights, include_last_offset=last
+        )
+    matrix = inputs[source.root]
+    ids = matrix.reshape(matrix.shape[0], -1)[:, source.begin : source.end].long()
+    if lookup.pooling is Pooling.NONE:
+        return functional.embedding(ids, lookup.weight)
+    return functional.embedding_bag(ids, lookup.weight, mode=str(lookup.pooling))
+
+
+def _compare(captured: Captured, found: object, expected: tuple[Tensor, ...], what: str) -> float:
+    worst = 0.0
+    outputs = (found,) if isinstance(found, Tensor) else found
+    for name, ours, theirs in zip(captured.output_names, outputs, expected, strict=True):  # type: ignore[call-overload]
+        if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=RELATIVE, atol=ABSOLUTE, equal_nan=True):
+            raise CutError(
+                f"output {name}: {what}\nremedy: make samples independent of each other, and forward deterministic"
+            )
+        if theirs.numel():
+            worst = max(worst, float((ours.double() - theirs.double()).abs().nan_to_num().max()))
+    return worst
