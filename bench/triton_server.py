@@ -116,7 +116,7 @@ class TritonServer:
         self._ready_timeout_s = ready_timeout_s
         self._prefix = f"sidepool_{os.getpid()}_{next(_serial)}_"
         self._process: subprocess.Popen[bytes] | None = None
-        self.http_port, self.grpc_port, self.metrics_port = _free_ports(3)
+        self.http_port, self.grpc_port, self.metrics_port = free_ports(3)
 
     @property
     def grpc(self) -> str:
@@ -268,7 +268,7 @@ def _processes() -> Iterator[tuple[int, int, str]]:
         yield int(stat.parent.name), int(fields[2]), fields[0]
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Loopback ports that nobody listens on; all are held until all are found, so they differ."""
     with contextlib.ExitStack() as held:
         sockets = [held.enter_context(socket.socket()) for _ in range(count)]
