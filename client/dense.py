@@ -109,7 +109,7 @@ class _CudaRunner:
         self._program = program
         self._device = device
         self._max_captured_batch = max_captured_batch
-        self._stream = torch.cuda.Stream(device)
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._captured: dict[tuple[object, ...], _Captured | None] = {}
 
     def __call__(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -123,9 +123,9 @@ class _CudaRunner:
                     static[:batch].copy_(given, non_blocking=True)
                 captured.graph.replay()
                 outputs = tuple(out[:batch] for out in captured.outputs)
-            results = tuple(
-                torch.empty(out.shape, dtype=out.dtype, pin_memory=True).copy_(out, non_blocking=True) for out in outputs
-            )
+            results = tuple(torch.empty(out.shape, dtype=out.dtype, pin_memory=True) for out in outputs)
+            for result, out in zip(results, outputs, strict=True):
+                result.copy_(out, non_blocking=True)
         self._stream.synchronize()
         return results
 

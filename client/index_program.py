@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sidepool.client.arguments import Part
-from sidepool.client.program import load_program
+from sidepool.client.program import Program, load_program
 from sidepool.wire.errors import LookupRejected
-from sidepool.wire.model import FeatureSource, FixedSource, JaggedSource, ModelSpec
+from sidepool.wire.model import FeatureSource, FixedSource, IndexProgram, JaggedSource, ModelSpec
 from sidepool.wire.plan import Plan
 
 
@@ -44,7 +44,9 @@ class FeatureRouter:
         An int64 id matrix that is the only source is passed on as it is, without a copy: it must outlive the lookup.
         Raises `LookupRejected` naming an input that is missing, of a wrong dtype or shape, or disagrees with another.
         """
-        sources = self._run_index(inputs) if self._program is not None else inputs
+        sources: Mapping[str, NDArray[Any]] = inputs
+        if self.model.index is not None and self._program is not None:
+            sources = self._run_index(self.model.index, self._program, inputs)
         if self.model.jagged:
             return self._jagged(sources)
         matrices = [_id_matrix(sources, name, self._widths[name]) for name in self._id_inputs]
@@ -54,14 +56,17 @@ class FeatureRouter:
         cut = [m[:, : self._widths[name]] for name, m in zip(self._id_inputs, matrices, strict=True)]
         return np.concatenate(cut, axis=1), None, None
 
-    def _run_index(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    def _run_index(self, index: IndexProgram, program: Program, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         import torch
 
-        assert self.model.index is not None and self._program is not None
-        given = [torch.from_numpy(np.ascontiguousarray(_input(inputs, name))) for name in self.model.index.inputs]
-        with torch.inference_mode():
-            outputs = self._program(*given)
-        return {**inputs, **{name: out.numpy() for name, out in zip(self.model.index.outputs, outputs, strict=True)}}
+        given = [torch.from_numpy(np.ascontiguousarray(_input(inputs, name))) for name in index.inputs]
+        try:
+            with torch.inference_mode():
+                outputs = program(*given)
+        except (RuntimeError, IndexError) as e:
+            found = ", ".join(f"{name} {list(t.shape)}" for name, t in zip(index.inputs, given, strict=True))
+            raise LookupRejected(f"inputs: found {found}; they do not fit the model's index arithmetic: {e}") from e
+        return {**inputs, **{name: out.numpy() for name, out in zip(index.outputs, outputs, strict=True)}}
 
     def _jagged(self, sources: Mapping[str, NDArray[Any]]) -> Part:
         bags = [

@@ -93,7 +93,6 @@ def _checked(leaf: Any, spec: TensorSpec) -> Tensor:
     dtype = str(leaf.dtype).removeprefix("torch.")
     fits = leaf.dim() == len(spec.shape) and all(want in (-1, size) for want, size in zip(spec.shape, leaf.shape, strict=True))
     if dtype != spec.dtype or not fits:
-        raise LookupRejected(
-            f"{spec.name}: found {dtype} {list(leaf.shape)}; allowed: {spec.dtype} {list(spec.shape)}, -1 any size"
-        )
+        allowed = f"{spec.dtype} {list(spec.shape)}, -1 any size"
+        raise LookupRejected(f"{spec.name}: found {dtype} {list(leaf.shape)}; allowed: {allowed}")
     return leaf.detach().cpu()

@@ -77,7 +77,7 @@ class ScoreClient:
         self._of_thread = threading.local()
         self._shared = triton.InferenceServerClient(url) if self._grpc else None
         self.inputs: ModelInputs = read_model_inputs(self._read_config(), features)
-        self._regions = SharedRegions(self._shared or self._client())
+        self._regions = SharedRegions(self._client)
 
     def score(
         self,

@@ -11,7 +11,7 @@ import mmap
 import os
 import secrets
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -50,8 +50,8 @@ class Region:
 class SharedRegions:
     """Regions registered with one Triton. Thread-safe."""
 
-    def __init__(self, client: Any) -> None:
-        """`client`: a tritonclient `InferenceServerClient`; register and unregister are called on the borrower's thread."""
+    def __init__(self, client: Callable[[], Any]) -> None:
+        """`client` gives the tritonclient `InferenceServerClient` that the calling thread may use."""
         self._client = client
         self._idle: list[Region] = []
         self._lock = threading.Lock()
@@ -106,7 +106,7 @@ class SharedRegions:
             try:
                 os.posix_fallocate(file, 0, size)  # a full /dev/shm is an error here, a SIGBUS at the first write otherwise
                 memory = mmap.mmap(file, size)
-                self._client.register_system_shared_memory(name, f"/{name}", size)
+                self._client().register_system_shared_memory(name, f"/{name}", size)
             finally:
                 os.close(file)
                 os.unlink(path)
@@ -118,7 +118,7 @@ class SharedRegions:
 
     def _unregister(self, region: Region) -> None:
         try:
-            self._client.unregister_system_shared_memory(region.name)
+            self._client().unregister_system_shared_memory(region.name)
         except Exception as e:  # Triton is gone, and its mapping with it
             _log.debug("shared memory region %s: %s", region.name, e)
 

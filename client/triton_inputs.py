@@ -78,11 +78,10 @@ class ModelInputs:
         return tensors
 
     def _keys(self) -> str:
-        groups = {
-            s.name.removesuffix(suffix) for s in self.inputs for suffix in (LENGTHS, VALUES, WEIGHTS) if s.name.endswith(suffix)
-        }
-        plain = [s.name for s in self.inputs if s.name.rpartition(".")[0] not in groups]
-        return ", ".join([*plain, *(f"{group} (values, lengths)" for group in sorted(groups))])
+        groups = [s.name.removesuffix(LENGTHS) for s in self.inputs if s.name.endswith(LENGTHS)]
+        members = {group + suffix for group in groups for suffix in (LENGTHS, VALUES, WEIGHTS)}
+        plain = [s.name for s in self.inputs if s.name not in members]
+        return ", ".join([*plain, *(f"{group} (values, lengths)" for group in groups)])
 
     def _tensor(self, spec: InputSpec, value: Any) -> NDArray[Any]:
         if spec.datatype == "INT64" and len(spec.dims) == 1 and not self.jagged and _is_per_feature(value):
@@ -128,11 +127,10 @@ class ModelInputs:
             lengths = np.concatenate([count for _, count in bags])
         tensors: dict[str, NDArray[Any]] = {group + VALUES: values, group + LENGTHS: lengths.reshape(features, -1)}
         takes_weights = any(s.name == group + WEIGHTS for s in self.inputs)
-        if takes_weights != (weights is not None):
-            found, allowed = (
-                ("no weights", "one float32 per value") if takes_weights else ("weights", "none, the model takes no weights")
-            )
-            raise LookupRejected(f"{group}{WEIGHTS}: found {found}; allowed: {allowed}")
+        if takes_weights and weights is None:
+            raise LookupRejected(f"{group}{WEIGHTS}: missing; allowed: ({group}{VALUES}, {group}{LENGTHS}, one float32 per value)")
+        if weights is not None and not takes_weights:
+            raise LookupRejected(f"{group}{WEIGHTS}: found weights; allowed: none, the model takes no weights")
         if weights is not None:
             tensors[group + WEIGHTS] = weights
         return tensors
@@ -144,18 +142,17 @@ class ModelInputs:
                 found = f"{len(value)} arrays" if isinstance(value, Sequence) else type(value).__name__
                 raise LookupRejected(f"{name}: found {found}; allowed: one array per feature, {count} in all")
             return [(str(i), column) for i, column in enumerate(value)]
-        if len(self.features) != count:
-            raise LookupRejected(
-                f"{name}: found arrays by feature name, but {len(self.features)} names for {count} features; give features="
-            )
-        for feature in self.features:
+        names = self.features
+        if len(names) != count:
+            found = f"arrays by feature name, but {len(names)} names for {count} features"
+            raise LookupRejected(f"{name}: found {found}; allowed: a client made with features=, or a list in feature order")
+        for feature in names:
             if feature not in value:
-                raise LookupRejected(
-                    f"{name}[{feature}]: missing; found {sorted(value)[:8]}; allowed: all of {', '.join(self.features)}"
-                )
-        if unknown := set(value) - set(self.features):
-            raise LookupRejected(f"{name}[{min(unknown)}]: not a feature of the model; allowed: {', '.join(self.features)}")
-        return [(feature, value[feature]) for feature in self.features]
+                found = sorted(value)[:8]
+                raise LookupRejected(f"{name}[{feature}]: missing; found {found}; allowed: all of {', '.join(names)}")
+        if unknown := set(value) - set(names):
+            raise LookupRejected(f"{name}[{min(unknown)}]: not a feature of the model; allowed: {', '.join(names)}")
+        return [(feature, value[feature]) for feature in names]
 
     def _check_batch(self, tensors: Mapping[str, NDArray[Any]]) -> None:
         sizes = {
@@ -176,12 +173,12 @@ class ModelInputs:
             count = tensors[group + VALUES].size
             if lengths.min() < 0:
                 raise LookupRejected(f"{name}: found {lengths.min()}; allowed: 0 or more")
-            if lengths.sum(dtype=np.int64) != count:
-                raise LookupRejected(
-                    f"{name}: they add up to {lengths.sum(dtype=np.int64)}; allowed: {count}, the size of {group}{VALUES}"
-                )
-            if group + WEIGHTS in tensors and tensors[group + WEIGHTS].size != count:
-                raise LookupRejected(f"{group}{WEIGHTS}: found {tensors[group + WEIGHTS].size}; allowed: {count}, one per value")
+            total = lengths.sum(dtype=np.int64)
+            if total != count:
+                raise LookupRejected(f"{name}: they add up to {total}; allowed: {count}, the size of {group}{VALUES}")
+            weights = tensors.get(group + WEIGHTS)
+            if weights is not None and weights.size != count:
+                raise LookupRejected(f"{group}{WEIGHTS}: found {weights.size}; allowed: {count}, one per value")
 
 
 def read_model_inputs(config: Mapping[str, Any], features: Sequence[str]) -> ModelInputs:
@@ -197,9 +194,8 @@ def read_model_inputs(config: Mapping[str, Any], features: Sequence[str]) -> Mod
 
 
 def _is_per_feature(value: Any) -> bool:
-    return isinstance(value, Mapping) or (
-        isinstance(value, list | tuple) and bool(value) and all(isinstance(v, np.ndarray) for v in value)
-    )
+    arrays = isinstance(value, list | tuple) and len(value) > 0 and all(isinstance(v, np.ndarray) for v in value)
+    return arrays or isinstance(value, Mapping)
 
 
 def _bags_of(name: str, column: Any) -> tuple[NDArray[np.int64], NDArray[np.int32]]:

@@ -117,4 +117,5 @@ def error_with_code(code: str, message: str) -> SidepoolError:
     return _BY_CODE.get(code, SidepoolError)(message)
 
 
-_BY_CODE: dict[str, type[SidepoolError]] = {kind.code: kind for kind in {*_BY_STATUS.values(), ConfigError, CutError}}
+_KINDS: tuple[type[SidepoolError], ...] = (*_BY_STATUS.values(), ConfigError, CutError)
+_BY_CODE = {kind.code: kind for kind in _KINDS}
