@@ -266,8 +266,8 @@ struct Unpooled {
       float* out = task.out + bag.next * task.out_stride;
       Bag one{bag.index, bag.next, bag.next + 1};
       const std::byte* row = next_row(task, rows, one, absent);
+      bag.next = one.next;
       if (task.reason != Reason::none) return;
-      ++bag.next;
       if (row == nullptr) {
         store_zeros<Vector>(out, task.dim);
       } else {
