@@ -57,7 +57,7 @@ class PartsResult:
     out: NDArray[np.float32]
     """`[ΣB, Σ dim]`: the samples of all parts one after another; those of a refused part are zero."""
     sequences: tuple[NDArray[np.float32], ...]
-    """Per feature with pooling `none`, in feature order: `[ids of the feature in all parts, dim]`."""
+    """Per feature with pooling `none`, in feature order: `[ids of the feature in all parts, dim]`, refused parts' rows zero."""
     errors: Sequence[SidepoolError | None]
     """Per part: why it was refused, or None."""
     degraded: tuple[str, ...]
@@ -235,6 +235,9 @@ class EmbeddingClient:
         errors: Sequence[SidepoolError | None] = [None] * len(parts)
         if verdicts[:, 0].any():
             errors = [self._verdict_error(verdict) for verdict in verdicts.tolist()]
+            sequences = tuple(
+                self._spread(i, rows, parts, errors) for i, rows in zip(self._sequence_features, sequences, strict=True)
+            )
         return PartsResult(out, sequences, errors, self._degraded(raw_timings) if self._degrades else (), raw_timings)
 
     def stats(self) -> dict[str, Any]:
@@ -272,21 +275,35 @@ class EmbeddingClient:
         return verdicts[:count]
 
     def _new_sequences(self, parts: Sequence[Part]) -> tuple[NDArray[np.float32], ...]:
-        """One array per `none` feature, as long as its ids. A part with wrong lengths counts what it can have at most."""
-        features = len(self.plan.features)
-        arrays = []
-        for i in self._sequence_features:
-            ids = 0
-            for values, lengths, _ in parts:
-                if lengths is None:
-                    begin, end = self._columns[i]
-                    ids += values.shape[0] * (end - begin)
-                else:
-                    batch = lengths.size // features
-                    total = int(lengths[i * batch : (i + 1) * batch].sum(dtype=np.int64))
-                    ids += min(max(total, 0), values.size)
-            arrays.append(np.empty((ids, self.plan.feature_tables[i].dim), np.float32))
-        return tuple(arrays)
+        """One array per `none` feature, as long as its ids in all parts."""
+        return tuple(
+            np.empty((sum(self._ids_of(i, part) for part in parts), self.plan.feature_tables[i].dim), np.float32)
+            for i in self._sequence_features
+        )
+
+    def _ids_of(self, feature: int, part: Part) -> int:
+        """Ids of one feature in a part; for lengths that are wrong, no more than the part has ids."""
+        values, lengths, _ = part
+        if lengths is None:
+            begin, end = self._columns[feature]
+            return values.shape[0] * (end - begin)
+        batch = lengths.size // len(self.plan.features)
+        total = int(lengths[feature * batch : (feature + 1) * batch].sum(dtype=np.int64))
+        return min(max(total, 0), values.size)
+
+    def _spread(
+        self, feature: int, rows: NDArray[np.float32], parts: Sequence[Part], errors: Sequence[SidepoolError | None]
+    ) -> NDArray[np.float32]:
+        """`rows` with zeros where refused parts would be: the core leaves these out, callers count on every part's place."""
+        spread = np.zeros_like(rows)
+        read = write = 0
+        for part, error in zip(parts, errors, strict=True):
+            count = self._ids_of(feature, part)
+            if error is None:
+                spread[write : write + count] = rows[read : read + count]
+                read += count
+            write += count
+        return spread
 
     def _verdict_error(self, verdict: list[int]) -> SidepoolError | None:
         status, reason, feature, bag, value = verdict

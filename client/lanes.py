@@ -237,22 +237,19 @@ class Lanes:
         return grpc.secure_channel(address, self._credentials, options)
 
     def _shard_directories(self) -> list[Path]:
-        directories = [
-            manifest.parent
-            for given in self._options.shards
-            for manifest in (
-                [given / MANIFEST_FILE] if (given / MANIFEST_FILE).is_file() else sorted(given.glob(f"*/{MANIFEST_FILE}"))
-            )
-        ]
-        if len(directories) != len(self._plan.sidecars):
-            allowed = f"the {len(self._plan.sidecars)} shard directories of the plan's sidecars"
-            raise ConfigError(f"shards_dir: found {[str(d) for d in directories]} with a {MANIFEST_FILE}; allowed: {allowed}")
+        """Every directory with a manifest, at or below the given ones."""
+        directories = sorted({manifest.parent for given in self._options.shards for manifest in given.rglob(MANIFEST_FILE)})
+        count = len(self._plan.sidecars)
+        if len(directories) != count:
+            given = [str(shards) for shards in self._options.shards]
+            found = f"{len(directories)} directories with a {MANIFEST_FILE} at or below {given}"
+            raise ConfigError(f"shards_dir: found {found}; allowed: {count}, one per sidecar of the plan")
         return directories
 
 
 def retry_delay_s(tries: int) -> float:
     """Seconds before the next attempt: exponential, capped, and jittered so that many clients do not come back at once."""
-    return random.uniform(0.5, 1.0) * min(FIRST_RETRY_S * 2.0 ** (tries - 1), LAST_RETRY_S)
+    return random.uniform(0.5, 1.0) * min(FIRST_RETRY_S * 2.0 ** min(tries - 1, 10), LAST_RETRY_S)
 
 
 def split_address(address: str) -> tuple[str, int]:

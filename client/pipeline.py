@@ -13,7 +13,6 @@ from sidepool.client.lanes import Lane
 from sidepool.wire.errors import ConfigError, LookupRejected
 from sidepool.wire.model import MODEL_FILE, PLAN_FILE, ModelSpec, TensorSpec, load_model
 from sidepool.wire.plan import load_plan
-from sidepool.wire.shards import MANIFEST_FILE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,7 +36,7 @@ class Pipeline:
         router = FeatureRouter(model, plan, directory)
         dense = DenseGraph(model, directory, device=device)
         if lane == "local":
-            connect.setdefault("shards_dir", sorted(manifest.parent for manifest in root.rglob(MANIFEST_FILE)))
+            connect.setdefault("shards_dir", root)
         client = EmbeddingClient.connect(plan, lane=lane, fixed_columns=router.fixed_columns, **connect)
         return cls(model, router, client, dense)
 

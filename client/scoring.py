@@ -89,7 +89,7 @@ class ScoreClient:
     ) -> dict[str, NDArray[Any]]:
         """The model's outputs by name, one row per sample. `inputs`: see `ModelInputs.encode`.
 
-        deadline_ms: budget, also told to the ranker. traceparent: W3C trace context, passed on as a header.
+        deadline_ms: budget, also told to the ranker. traceparent: W3C trace context, passed on to Triton and the ranker.
         Raises `LookupRejected` (before sending, where the fault shows here), `Overloaded`, `DeadlineExceeded`,
         `TransportError`, and whatever else the ranker names by its code.
         """
@@ -101,7 +101,8 @@ class ScoreClient:
             if self._grpc:
                 options["client_timeout"] = budget_ns / 1e9
         if traceparent:
-            options["headers"] = {"traceparent": traceparent}
+            # The header is for Triton's own tracing, the parameter for the ranker when that is off.
+            options["headers"] = options["parameters"] = {"traceparent": traceparent}
         large = self._threshold is not None and sum(t.nbytes for t in tensors.values()) >= self._threshold
         return self._infer_shared(tensors, options) if large and self._regions.usable else self._infer_inline(tensors, options)
 

@@ -53,8 +53,8 @@ class ModelInputs:
         """The tensors to send, by input name, batch dimension included.
 
         `given` holds, per input: an array; for ids also per-feature arrays (a list in feature order, or a dict by feature
-        name); for the jagged pair `x.values`, `x.lengths` under the key `x`: `(values, lengths)` or `(values, lengths,
-        weights)`, or per feature a list of id arrays, one per sample, or one array with one id per sample.
+        name); for the jagged pair `x.values`, `x.lengths` under the key `x`: a tuple `(values, lengths)` or `(values,
+        lengths, weights)`, or (list or dict) per feature a list of id arrays, one per sample, or an array with one id each.
         Raises `LookupRejected` naming the input, what was found and what is allowed.
         """
         tensors: dict[str, NDArray[Any]] = {}
@@ -114,7 +114,11 @@ class ModelInputs:
         """`x.values`, `x.lengths` and, where the model takes them, `x.weights`."""
         features = spec.dims[0]
         weights: NDArray[np.float32] | None = None
-        if isinstance(value, tuple) and len(value) in (2, 3) and not isinstance(value[0], tuple | list):
+        if isinstance(value, tuple):
+            if len(value) not in (2, 3):
+                raise LookupRejected(
+                    f"{group}: found a tuple of {len(value)}; allowed: (values, lengths) or (values, lengths, weights)"
+                )
             values = id_values(value[0], group + VALUES)
             lengths = bag_lengths(value[1], features, group + LENGTHS)
             weights = bag_weights(value[2], group + WEIGHTS) if len(value) == 3 else None
@@ -148,8 +152,8 @@ class ModelInputs:
             raise LookupRejected(f"{name}: found {found}; allowed: a client made with features=, or a list in feature order")
         for feature in names:
             if feature not in value:
-                found = sorted(value)[:8]
-                raise LookupRejected(f"{name}[{feature}]: missing; found {found}; allowed: all of {', '.join(names)}")
+                given = sorted(value)[:8]
+                raise LookupRejected(f"{name}[{feature}]: missing; found {given}; allowed: all of {', '.join(names)}")
         if unknown := set(value) - set(names):
             raise LookupRejected(f"{name}[{min(unknown)}]: not a feature of the model; allowed: {', '.join(names)}")
         return [(feature, value[feature]) for feature in names]
