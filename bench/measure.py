@@ -24,7 +24,6 @@ CLIENTS = 8
 class Shape:
     """One kind of request; `requests` are distinct ones, so that no model answers from its cache lines alone."""
 
-    key: str
     title: str
     requests: Sequence[Arrays]
 

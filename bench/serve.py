@@ -78,10 +78,10 @@ def benchmark_shapes(variant: str, seed: int) -> list[Shape]:
 
     if variant == "single":
         return [
-            Shape("1", "1 sample", [fixed(1) for _ in range(REQUESTS)]),
-            Shape("128", "128 samples", [fixed(128) for _ in range(REQUESTS)]),
+            Shape("1 sample", [fixed(1) for _ in range(REQUESTS)]),
+            Shape("128 samples", [fixed(128) for _ in range(REQUESTS)]),
         ]
-    return [Shape("128x20", "128 samples x 20 ids", [jagged(128, 20) for _ in range(REQUESTS)])]
+    return [Shape("128 samples x 20 ids", [jagged(128, 20) for _ in range(REQUESTS)])]
 
 
 def measure_shapes(address: str, shapes: list[Shape], *, rounds: int, console: Console) -> dict[str, dict[str, Measured]]:

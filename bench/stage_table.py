@@ -7,6 +7,9 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from rich.console import Console
+from rich.table import Table
+
 from sidepool.bench.triton_server import TritonServer
 
 # The ranker reports once a second.
@@ -79,3 +82,26 @@ def between(before: Snapshot, after: Snapshot) -> Stages:
 def _label_order(label: str) -> int:
     """`sidecar` comes before what qualifies it."""
     return 0 if label == "sidecar" else 1
+
+
+def print_stages(console: Console, stages: Stages) -> None:
+    """Where the time of one execute goes, in the order in which it passes."""
+    table = Table(
+        title=f"where the time goes: µs per execute ({stages.requests_per_execute:.1f} requests each)", title_justify="left"
+    )
+    names = list(stages.sidecar_us)
+    for column in ("stage", "ranker", *names):
+        table.add_column(column, justify="left" if column == "stage" else "right")
+    blank = [""] * len(names)
+    own = stages.ranker_us
+    table.add_row("Triton queue (per request)", f"{stages.queue_us:.0f}", *blank)
+    table.add_row("tensors in", f"{own['tensors_in']:.0f}", *blank)
+    table.add_row("routing", f"{own['routing']:.0f}", *blank)
+    for stage, title in SIDECAR_TITLES.items():
+        table.add_row(title, "", *(f"{stages.sidecar_us[name][stage]:.0f}" for name in names))
+    table.add_row("merge", f"{own['merge']:.0f}", *blank)
+    table.add_row("dense", f"{own['dense']:.0f}", *blank)
+    table.add_row("tensors out", f"{own['tensors_out']:.0f}", *blank)
+    kilobytes = (f"{request / 1e3:.1f} / {response / 1e3:.1f}" for request, response in stages.sidecar_bytes.values())
+    table.add_row("kB out / back", "", *kilobytes)
+    console.print(table)
