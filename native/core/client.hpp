@@ -1,0 +1,101 @@
+// The ranker's data plane: one lane per sidecar, any number of threads looking up at once.
+#pragma once
+#include <array>
+#include <atomic>
+#include <condition_variable>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "client_lane.hpp"
+#include "counters.hpp"
+#include "router.hpp"
+
+namespace sidepool {
+
+// What a lookup cost, in nanoseconds unless named otherwise.
+struct LookupTimes {
+  int64_t route = 0, wait = 0, merge = 0, total = 0, chunks = 0;
+};
+struct SidecarTimes {
+  int64_t lane_out = 0, queue = 0, pool = 0, lane_back = 0, request_bytes = 0, response_bytes = 0;
+  bool degraded = false;
+};
+
+struct LookupCall {
+  const Part* parts = nullptr;
+  size_t part_count = 0;
+  LookupOutput out;
+  uint64_t budget_ns = 0;
+  int32_t priority = 0;
+  const uint8_t* trace = nullptr;  // 26 bytes or null
+};
+
+struct LookupResult {
+  Status status = Status::ok;
+  int32_t sidecar = -1;
+  LookupTimes times;
+  std::vector<SidecarTimes>* sidecars = nullptr;
+  std::vector<Fault>* faults = nullptr;
+};
+
+class LookupClient {
+ public:
+  LookupClient(int64_t epoch, Routes routes, uint32_t spin_us, bool degrade);
+  ~LookupClient();
+
+  size_t sidecar_count() const { return routes_.of_sidecar.size(); }
+  const Routes& routes() const { return routes_; }
+  // Only before the first lookup.
+  void set_fixed_columns(const int32_t* begins, const int32_t* widths);
+
+  void attach(int32_t sidecar, std::shared_ptr<ClientLane> lane);
+  void detach(int32_t sidecar);
+  std::shared_ptr<ClientLane> lane(int32_t sidecar) const;
+  bool alive(int32_t sidecar) const;
+  // A sidecar without a live lane; -1 after the timeout; -2 once closed.
+  int32_t wait_lane_lost(double timeout_s);
+
+  // Blocks until every part is answered or the budget is spent. The vectors of the result belong to the calling thread
+  // and hold until its next lookup.
+  LookupResult lookup(const LookupCall& call);
+
+  // Every lane is killed; waiting lookups return transport.
+  void close();
+
+  struct Totals {
+    std::atomic<int64_t> lookups{0}, samples{0}, refused_parts{0}, lanes_lost{0};
+    std::atomic<int64_t> statuses[10] = {};
+  };
+  const Totals& totals() const { return totals_; }
+
+ private:
+  struct Subrequest;
+  struct InFlight;
+  struct Scratch;
+
+  Status send_one(Scratch& scratch, InFlight& chunk, int32_t sidecar, const LookupCall& call, uint64_t deadline);
+  void receive(Scratch& scratch, InFlight& chunk, const LookupCall& call, uint64_t deadline, LookupResult& result);
+  Status receive_one(Scratch& scratch, InFlight& chunk, int32_t sidecar, const LookupCall& call, uint64_t deadline, LookupResult& result);
+  void fail(Scratch& scratch, InFlight& chunk, int32_t sidecar, const LookupCall& call, Status status, LookupResult& result);
+  void watch();
+
+  const int64_t epoch_;
+  Routes routes_;
+  const uint64_t spin_ns_;
+  const bool degrade_;
+  std::atomic<uint64_t> next_id_;
+  mutable std::mutex lanes_mutex_;
+  std::condition_variable lost_;
+  std::vector<std::shared_ptr<ClientLane>> lanes_;
+  std::vector<uint64_t> watch_ids_;
+  bool closed_ = false;
+  Fd epoll_, wake_;
+  uint64_t next_watch_ = 1;
+  std::atomic<bool> stopping_{false};
+  Totals totals_;
+  std::thread watcher_;
+};
+
+}  // namespace sidepool

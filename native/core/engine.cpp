@@ -1,0 +1,297 @@
+#include "engine.hpp"
+
+#include <fcntl.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+
+#include <algorithm>
+#include <cerrno>
+
+#include "clock.hpp"
+
+namespace sidepool {
+namespace {
+
+// How often an engine that is never idle looks at its sockets: often enough that a dead or new tcp peer waits less
+// than a typical subrequest (~20 µs), rarely enough that the ~0.5 µs system call does not show.
+constexpr uint64_t kSocketPollNs = 20'000;
+
+}  // namespace
+
+void Published::set(std::shared_ptr<const TableSet> tables) {
+  std::lock_guard lock(mutex_);
+  tables_ = std::move(tables);
+  version_.fetch_add(1, std::memory_order_release);
+}
+
+std::shared_ptr<const TableSet> Published::get() const {
+  std::lock_guard lock(mutex_);
+  return tables_;
+}
+
+Engine::Engine(Published& published, uint32_t spin_us) : published_(published), spin_ns_(uint64_t(spin_us) * 1000) {
+  epoll_ = Fd(epoll_create1(EPOLL_CLOEXEC));
+  doorbell_ = Fd(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
+  page_fd_ = Fd(memfd_create("sidepool-engine", MFD_CLOEXEC | MFD_ALLOW_SEALING));
+  if (!epoll_ || !doorbell_ || !page_fd_ || ftruncate(page_fd_.get(), 4096) != 0)
+    throw Error(Status::internal, std::string("cannot make an engine: ") + std::strerror(errno));
+  page_mapping_ = Mapping::shared(page_fd_.get(), 4096, true);
+  page_ = new (page_mapping_.data()) EnginePage();
+  // Our mapping stays writable; rankers can only read.
+  if (fcntl(page_fd_.get(), F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_FUTURE_WRITE | F_SEAL_SEAL) != 0)
+    throw Error(Status::internal, std::string("cannot seal an engine page: ") + std::strerror(errno));
+  epoll_event event{};
+  event.events = EPOLLIN;
+  event.data.ptr = nullptr;
+  epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, doorbell_.get(), &event);
+  thread_ = std::thread([this] { run(); });
+}
+
+Engine::~Engine() { stop(); }
+
+void Engine::adopt(std::unique_ptr<ServerLane> lane) {
+  {
+    std::lock_guard lock(mail_mutex_);
+    mail_.push_back(std::move(lane));
+  }
+  load_.fetch_add(1, std::memory_order_relaxed);
+  eventfd_write(doorbell_.get(), 1);
+}
+
+void Engine::stop() {
+  if (!thread_.joinable()) return;
+  stopping_.store(true, std::memory_order_release);
+  eventfd_write(doorbell_.get(), 1);
+  thread_.join();
+  std::lock_guard roster(roster_mutex_);
+  lanes_.clear();
+  std::lock_guard mail(mail_mutex_);
+  mail_.clear();
+  load_.store(0, std::memory_order_relaxed);
+}
+
+void Engine::run() {
+  uint64_t last_socket_poll = 0;
+  uint64_t idle_since = now_ns();
+  while (!stopping_.load(std::memory_order_acquire)) {
+    refresh();
+    bool worked = poll_memory();
+    const uint64_t now = now_ns();
+    const bool listening = queue_.empty() && stream_lanes_ > 0;
+    if (listening || now - last_socket_poll >= kSocketPollNs) {
+      poll_sockets(0);
+      last_socket_poll = now;
+    }
+    if (!queue_.empty()) {
+      serve_one();
+      worked = true;
+    }
+    drop_dead();
+    if (worked) {
+      idle_since = now_ns();
+    } else if (now - idle_since >= spin_ns_) {
+      sleep();
+      last_socket_poll = idle_since = now_ns();
+    } else {
+      cpu_pause();
+    }
+  }
+}
+
+void Engine::refresh() {
+  const uint64_t version = published_.version();
+  if (version == tables_version_) return;
+  tables_ = published_.get();
+  tables_version_ = version;
+  const size_t count = tables_ ? size_t(tables_->table_count()) : 0;
+  if (count > table_count_) {
+    std::shared_ptr<TableCounters[]> grown(new TableCounters[count]);
+    for (size_t i = 0; i < table_count_; ++i) grown[i].add(table_counters_[i]);
+    std::lock_guard lock(table_mutex_);
+    table_counters_ = std::move(grown);
+    table_count_ = count;
+  }
+}
+
+bool Engine::poll_memory() {
+  bool found = false;
+  for (auto& owned : lanes_) {
+    if (!owned->dead && owned->lane->polled() && owned->lane->has_pending()) {
+      collect(*owned, false);
+      found = true;
+    }
+  }
+  return found;
+}
+
+void Engine::poll_sockets(int timeout_ms) {
+  epoll_event events[32];
+  const int n = epoll_wait(epoll_.get(), events, 32, timeout_ms);
+  for (int i = 0; i < n; ++i) {
+    if (events[i].data.ptr == nullptr) {
+      eventfd_t value;
+      eventfd_read(doorbell_.get(), &value);
+      take_mail();
+      continue;
+    }
+    Owned& owned = *static_cast<Owned*>(events[i].data.ptr);
+    if (owned.dead) continue;
+    if ((events[i].events & EPOLLOUT) && !owned.lane->writable()) owned.dead = true;
+    if (!owned.dead && (events[i].events & (EPOLLIN | EPOLLHUP | EPOLLERR))) collect(owned, true);
+    if (!owned.dead && owned.writing && !owned.lane->wants_write()) {
+      epoll_event event{EPOLLIN, {&owned}};
+      epoll_ctl(epoll_.get(), EPOLL_CTL_MOD, owned.lane->fd(), &event);
+      owned.writing = false;
+    }
+  }
+}
+
+void Engine::take_mail() {
+  std::vector<std::unique_ptr<ServerLane>> mail;
+  {
+    std::lock_guard lock(mail_mutex_);
+    mail.swap(mail_);
+  }
+  for (auto& lane : mail) {
+    auto owned = std::make_unique<Owned>();
+    owned->lane = std::move(lane);
+    epoll_event event{EPOLLIN, {owned.get()}};
+    epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, owned->lane->fd(), &event);
+    stream_lanes_ += !owned->lane->polled();
+    std::lock_guard roster(roster_mutex_);
+    lanes_.push_back(std::move(owned));
+    counters_.lanes.set(int64_t(lanes_.size()));
+    // Room for every slot of every lane: the request path never grows these.
+    size_t slots = 0;
+    for (const auto& each : lanes_) slots += each->lane->limits().slots;
+    queue_.reserve(slots);
+    arrived_.reserve(kMaxSlots);
+  }
+}
+
+void Engine::collect(Owned& owned, bool readable) {
+  arrived_.clear();
+  if (!owned.lane->collect(arrived_, readable)) {
+    owned.dead = true;
+    return;
+  }
+  if (arrived_.empty()) return;
+  const uint64_t now = now_ns();
+  for (const uint32_t slot : arrived_) {
+    RequestHeader header;
+    std::memcpy(&header, owned.lane->request(slot).first, sizeof header);
+    // A budget beyond a day is no budget; the bound keeps the sum within 64 bits.
+    const uint64_t budget = std::min<uint64_t>(header.budget_ns, 86'400'000'000'000ull);
+    queue_.push_back({now + budget, header.priority, slot, now, &owned});
+    std::push_heap(queue_.begin(), queue_.end(), [](const Work& a, const Work& b) {
+      return a.priority != b.priority ? a.priority < b.priority : a.deadline_ns > b.deadline_ns;
+    });
+    ++owned.queued;
+  }
+  counters_.queued.set(int64_t(queue_.size()));
+}
+
+void Engine::serve_one() {
+  std::pop_heap(queue_.begin(), queue_.end(), [](const Work& a, const Work& b) {
+    return a.priority != b.priority ? a.priority < b.priority : a.deadline_ns > b.deadline_ns;
+  });
+  const Work work = queue_.back();
+  queue_.pop_back();
+  --work.owner->queued;
+  if (!work.owner->dead) answer(work);
+  counters_.queued.set(int64_t(queue_.size()));
+}
+
+void Engine::answer(const Work& work) {
+  ServerLane& lane = *work.owner->lane;
+  const auto [frame, bytes] = lane.request(work.slot);
+  if (parse_request(frame, bytes, parsed_) != Status::ok) {
+    counters_.statuses[size_t(Status::frame)].add();
+    work.owner->dead = true;
+    return;
+  }
+  lane.begin(work.slot, parsed_);
+  const auto [payload, capacity] = lane.payload(work.slot);
+  const ServeInput input{&parsed_, work.received_ns, payload, capacity};
+  const uint64_t start = now_ns();
+  const uint64_t estimate = uint64_t(ns_per_value_ * double(parsed_.header.value_count));
+  ResponseHeader header;
+  const uint64_t draining_since = published_.draining_since_ns.load(std::memory_order_relaxed);
+  const bool late = start + estimate > work.deadline_ns;
+  if (late || (draining_since != 0 && work.received_ns > draining_since)) {
+    header.status = int32_t(late ? Status::deadline : Status::draining);
+    header.lookup_id = parsed_.header.lookup_id;
+    header.epoch = parsed_.header.epoch;
+    header.batch = parsed_.header.batch;
+    header.received_ns = work.received_ns;
+    header.started_ns = header.finished_ns = start;
+    counters_.shed.add(late);
+  } else {
+    header = serve(tables_.get(), input, lane, table_counters_.get());
+    const uint64_t spent = header.finished_ns - header.started_ns;
+    if (header.status == 0 && parsed_.header.value_count >= 256) {
+      // Short subrequests say more about fixed costs than about the cost of an id: learn from the others.
+      ns_per_value_ += (double(spent) / double(parsed_.header.value_count) - ns_per_value_) * 0.05;
+    }
+    counters_.pool.record_ns(spent);
+    counters_.busy_ns.add(int64_t(spent));
+  }
+  counters_.queue.record_ns(header.started_ns - work.received_ns);
+  counters_.statuses[size_t(header.status)].add();
+  counters_.served.add();
+  if (!lane.finish(header)) work.owner->dead = true;
+  if (!work.owner->dead && lane.wants_write() && !work.owner->writing) {
+    epoll_event event{EPOLLIN | EPOLLOUT, {work.owner}};
+    epoll_ctl(epoll_.get(), EPOLL_CTL_MOD, lane.fd(), &event);
+    work.owner->writing = true;
+    lane.counters().credit_waits.add();
+  }
+}
+
+void Engine::drop_dead() {
+  for (size_t i = 0; i < lanes_.size();) {
+    if (!lanes_[i]->dead || lanes_[i]->queued > 0) {
+      ++i;
+      continue;
+    }
+    epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, lanes_[i]->lane->fd(), nullptr);
+    std::unique_ptr<Owned> gone;
+    {
+      std::lock_guard roster(roster_mutex_);
+      gone = std::move(lanes_[i]);
+      lanes_[i] = std::move(lanes_.back());
+      lanes_.pop_back();
+      counters_.lanes.set(int64_t(lanes_.size()));
+    }
+    stream_lanes_ -= !gone->lane->polled();
+    load_.fetch_sub(1, std::memory_order_relaxed);
+  }
+}
+
+bool Engine::anything_pending() const {
+  for (const auto& owned : lanes_)
+    if (owned->dead || (owned->lane->polled() && owned->lane->has_pending())) return true;
+  return false;
+}
+
+void Engine::sleep() {
+  // A ranker first publishes its bit, then reads `sleeping`; we first set `sleeping`, then read the bits. With both in
+  // one total order, either we see the bit or the ranker rings.
+  page_->sleeping.store(1, std::memory_order_seq_cst);
+  std::atomic_thread_fence(std::memory_order_seq_cst);
+  poll_sockets(anything_pending() ? 0 : -1);
+  page_->sleeping.store(0, std::memory_order_relaxed);
+}
+
+void Engine::read_tables(std::vector<std::array<int64_t, 4>>& sums) const {
+  std::lock_guard lock(table_mutex_);
+  if (sums.size() < table_count_) sums.resize(table_count_);
+  for (size_t i = 0; i < table_count_; ++i) table_counters_[i].add_to(sums[i]);
+}
+
+void Engine::read_lanes(const std::function<void(const char*, LaneCounters&)>& visit) const {
+  std::lock_guard roster(roster_mutex_);
+  for (const auto& owned : lanes_) visit(owned->lane->kind(), owned->lane->counters());
+}
+
+}  // namespace sidepool

@@ -1,0 +1,121 @@
+// An engine: one thread that exclusively owns its lanes and answers their subrequests, earliest deadline first.
+//
+// Ownership: lanes, the queue and the scratch memory belong to the engine thread. Other threads reach it only through
+// `adopt` and `stop` (a mailbox behind a mutex, taken when its eventfd rings) and through counters, which are relaxed
+// atomics with one writer. The published TableSet is taken over when its version number has changed: no lock per lookup.
+#pragma once
+#include <atomic>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "server_lane.hpp"
+
+namespace sidepool {
+
+// What all engines of a sidecar share; written rarely, by the control plane.
+class Published {
+ public:
+  void set(std::shared_ptr<const TableSet> tables);
+  std::shared_ptr<const TableSet> get() const;
+  uint64_t version() const { return version_.load(std::memory_order_acquire); }
+
+  // What arrives after this moment is refused; 0 while serving.
+  std::atomic<uint64_t> draining_since_ns{0};
+
+ private:
+  mutable std::mutex mutex_;
+  std::shared_ptr<const TableSet> tables_;
+  std::atomic<uint64_t> version_{0};
+};
+
+constexpr size_t kStatusCount = 10;
+
+struct EngineCounters {
+  Counter lanes, queued, served, shed, busy_ns;
+  Counter statuses[kStatusCount];
+  Histogram queue, pool;
+};
+
+class Engine {
+ public:
+  Engine(Published& published, uint32_t spin_us);
+  ~Engine();
+
+  // Hand a lane to this engine. Thread-safe.
+  void adopt(std::unique_ptr<ServerLane> lane);
+  // Finish nothing more, drop all lanes, join. Idempotent.
+  void stop();
+
+  int page_fd() const { return page_fd_.get(); }   // the engine page, for shm peers (sealed against their writes)
+  int doorbell_fd() const { return doorbell_.get(); }
+  const EngineCounters& counters() const { return counters_; }
+  // Lanes adopted and not yet dropped: what placement goes by.
+  int64_t load() const { return load_.load(std::memory_order_relaxed); }
+  int64_t in_flight() const { return counters_.queued.get(); }
+
+  // A table's counters, summed by the caller over engines; sized at the first publication with more tables.
+  void read_tables(std::vector<std::array<int64_t, 4>>& sums) const;
+  // Visit the counters of live lanes.
+  void read_lanes(const std::function<void(const char* kind, LaneCounters& counters)>& visit) const;
+
+ private:
+  struct Owned {
+    std::unique_ptr<ServerLane> lane;
+    bool dead = false;
+    bool writing = false;  // EPOLLOUT is armed
+    uint32_t queued = 0;
+  };
+  struct Work {
+    uint64_t deadline_ns;
+    int32_t priority;
+    uint32_t slot;
+    uint64_t received_ns;
+    Owned* owner;
+  };
+
+  void run();
+  bool poll_memory();
+  void poll_sockets(int timeout_ms);
+  void take_mail();
+  void collect(Owned& owned, bool readable);
+  void serve_one();
+  void answer(const Work& work);
+  void refresh();
+  void drop_dead();
+  bool anything_pending() const;
+  void sleep();
+
+  Published& published_;
+  const uint64_t spin_ns_;
+  Fd epoll_, doorbell_, page_fd_;
+  Mapping page_mapping_;
+  EnginePage* page_;
+
+  std::mutex mail_mutex_;
+  std::vector<std::unique_ptr<ServerLane>> mail_;
+  std::atomic<bool> stopping_{false};
+
+  mutable std::mutex roster_mutex_;  // lanes_ for read_lanes; the engine takes it only to add or drop a lane
+  std::vector<std::unique_ptr<Owned>> lanes_;
+  std::atomic<int64_t> load_{0};
+
+  int stream_lanes_ = 0;  // lanes that only their socket can announce
+  std::vector<Work> queue_;  // heap: highest priority first, then earliest deadline
+  std::vector<uint32_t> arrived_;
+  ParsedRequest parsed_;
+  std::shared_ptr<const TableSet> tables_;
+  uint64_t tables_version_ = 0;
+  std::shared_ptr<TableCounters[]> table_counters_;
+  size_t table_count_ = 0;
+  mutable std::mutex table_mutex_;  // guards replacing table_counters_, not counting
+
+  // Estimated service time: fixed part and per id, learnt from what was served.
+  double ns_per_value_ = 10;
+  EngineCounters counters_;
+  std::thread thread_;
+};
+
+}  // namespace sidepool

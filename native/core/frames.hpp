@@ -1,0 +1,149 @@
+// The frames of docs/wire-format.md: fixed little-endian structs, and the only code that turns bytes into them.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "tables.hpp"
+
+namespace sidepool {
+
+constexpr uint32_t kMagic = 0x31465053;  // "SPF1"
+constexpr uint8_t kWireVersion = 1;
+constexpr size_t kAlign = 64;
+
+constexpr size_t align_up(size_t n) { return (n + kAlign - 1) & ~(kAlign - 1); }
+
+enum class FrameKind : uint8_t { hello = 1, hello_ack = 2, request = 3, response = 4 };
+
+// Bounds that hold before anything is read or allocated. A plan has at most 65,536 features (wire/plan.py); a bag
+// index fits 31 bits with room for products; a slot never exceeds 1 GiB.
+constexpr uint32_t kMaxFeatures = 65536;
+constexpr uint32_t kMaxBatch = 1u << 24;
+constexpr uint64_t kMaxSlotBytes = 1ull << 30;
+constexpr uint32_t kMaxSlots = 64;  // one bit each in the pending word
+
+constexpr uint16_t kLastPiece = 1;       // response flag: the lookup is complete with this piece
+constexpr uint16_t kWeightedEntry = 1;   // entry flag: the weights section covers this feature
+
+struct Hello {
+  uint32_t magic = kMagic;
+  uint8_t version = kWireVersion;
+  FrameKind kind = FrameKind::hello;
+  uint16_t flags = 0;
+  uint8_t token[16] = {};
+  uint8_t reserved[40] = {};
+};
+
+struct HelloAck {
+  uint32_t magic = kMagic;
+  uint8_t version = kWireVersion;
+  FrameKind kind = FrameKind::hello_ack;
+  uint16_t flags = 0;
+  int32_t status = 0;
+  uint32_t slots = 0;
+  uint64_t request_bytes = 0;
+  uint64_t response_bytes = 0;
+  uint64_t clock_id = 0;  // equal on both ends: their monotonic clocks are the same clock
+  uint8_t reserved[24] = {};
+};
+
+struct RequestHeader {
+  uint32_t magic = kMagic;
+  uint8_t version = kWireVersion;
+  FrameKind kind = FrameKind::request;
+  uint16_t flags = 0;
+  uint64_t frame_bytes = 0;
+  uint32_t slot = 0;
+  int32_t priority = 0;
+  uint64_t lookup_id = 0;
+  uint64_t epoch = 0;
+  uint64_t budget_ns = 0;  // what is left of the caller's budget when the frame is sent
+  uint64_t sent_ns = 0;    // sender's monotonic clock
+  uint32_t batch = 0;
+  uint32_t feature_count = 0;
+  uint64_t value_count = 0;
+  uint8_t trace[26] = {};
+  uint8_t reserved[30] = {};
+};
+
+struct FeatureEntry {
+  uint32_t feature = 0;       // position in the plan
+  uint16_t flags = 0;
+  uint16_t reserved = 0;
+  int32_t fixed_length = -1;  // ids in every bag, or -1: the lengths section says
+  uint32_t reserved2 = 0;
+  uint64_t value_count = 0;
+};
+
+struct ResponseHeader {
+  uint32_t magic = kMagic;
+  uint8_t version = kWireVersion;
+  FrameKind kind = FrameKind::response;
+  uint16_t flags = 0;
+  uint64_t frame_bytes = 0;
+  uint32_t slot = 0;
+  int32_t status = 0;
+  uint64_t lookup_id = 0;
+  uint64_t epoch = 0;
+  uint32_t first = 0;  // position within the request of the first feature of this piece
+  uint32_t count = 0;
+  uint32_t batch = 0;
+  int32_t reason = 0;
+  int32_t fault_feature = -1;
+  uint32_t reserved0 = 0;
+  int64_t fault_bag = -1;
+  int64_t fault_value = 0;
+  uint64_t received_ns = 0;  // sidecar's monotonic clock: frame seen, pooling begun, piece ready
+  uint64_t started_ns = 0;
+  uint64_t finished_ns = 0;
+  uint8_t reserved[24] = {};
+};
+
+static_assert(sizeof(Hello) == 64 && sizeof(HelloAck) == 64 && sizeof(RequestHeader) == 128);
+static_assert(sizeof(FeatureEntry) == 24 && sizeof(ResponseHeader) == 128);
+static_assert(std::is_trivially_copyable_v<RequestHeader> && std::is_trivially_copyable_v<ResponseHeader>);
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "frames are little-endian structs");
+
+// Where the sections of a request lie, as byte offsets from its header.
+struct RequestLayout {
+  size_t entries = 0;
+  size_t lengths = 0;
+  size_t values = 0;
+  size_t weights = 0;
+  size_t total = 0;
+};
+
+RequestLayout request_layout(size_t features, size_t length_count, size_t value_count, size_t weight_count);
+
+// A request that passed every check. Entries are a private copy; lengths, values and weights still point into the
+// frame, which a peer may go on writing: pool_feature reads each word once.
+struct ParsedRequest {
+  RequestHeader header;
+  std::vector<FeatureEntry> entries;
+  const int32_t* lengths = nullptr;
+  const int64_t* values = nullptr;
+  const float* weights = nullptr;
+};
+
+// Header checks that need no look at the body. Returns Status::ok or Status::frame.
+Status check_request_header(const RequestHeader& header, uint64_t slot_bytes, uint32_t slots);
+
+// Parse `bytes` at `frame` (64-byte aligned). Reuses the memory of `out`: no allocation once it has grown.
+Status parse_request(const std::byte* frame, size_t bytes, ParsedRequest& out);
+
+// Response header checks on the ranker's side, against what was asked for.
+Status check_response_header(const ResponseHeader& header, uint32_t feature_count);
+
+// Bytes of one feature's block in a response slot: fp32 rows, padded to 64.
+inline size_t block_bytes(const Feature& feature, int32_t dim, uint64_t batch, uint64_t value_count) {
+  return align_up((feature.pooling == Pooling::none ? value_count : batch) * size_t(dim) * sizeof(float));
+}
+
+// Identifies the clock behind now_ns: equal on two processes of one host.
+uint64_t clock_id();
+
+}  // namespace sidepool

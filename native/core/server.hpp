@@ -1,0 +1,87 @@
+// A sidecar's data plane: listeners, admission by token, engines.
+#pragma once
+#include <array>
+#include <atomic>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "engine.hpp"
+
+namespace sidepool {
+
+struct LaneStats {
+  std::string kind;
+  int engine;
+  int64_t received, sent, request_bytes, response_bytes, credit_waits;
+};
+
+// Thread-safe. One acceptor thread does every handshake; it never touches a lane once an engine has it.
+class SidecarServer {
+ public:
+  SidecarServer(int engines, uint32_t spin_us, uint32_t max_lanes, uint64_t max_frame_bytes);
+  ~SidecarServer();
+
+  void publish(std::shared_ptr<const TableSet> tables) { published_.set(std::move(tables)); }
+  void listen_unix(const std::string& path);
+  int listen_tcp(const std::string& host, int port);
+  void expect(const std::string& token, const std::string& kind, const LaneLimits& limits, double ttl_s);
+  // The grpc lane: one request frame in, its response piece out, in the calling thread.
+  std::string serve_frame(const std::byte* frame, size_t bytes);
+  void drain();
+  int64_t in_flight() const;
+  void close();
+
+  const Published& published() const { return published_; }
+  const std::vector<std::unique_ptr<Engine>>& engines() const { return engines_; }
+  std::vector<LaneStats> lane_stats() const;
+  std::vector<std::array<int64_t, 4>> table_stats() const;
+  // Statuses and histograms of the grpc lane, which runs on its callers' threads.
+  struct Direct {
+    std::mutex mutex;
+    EngineCounters counters;
+    LaneCounters lane;
+    std::vector<TableCounters> tables;
+  };
+  Direct& direct() { return direct_; }
+
+ private:
+  struct Ticket {
+    std::string kind;
+    LaneLimits limits;
+    uint64_t expires_ns;
+  };
+  struct Handshake {
+    Fd socket;
+    bool local;  // came through the Unix socket
+    Hello hello;
+    size_t received = 0;
+    uint64_t expires_ns = 0;
+  };
+
+  void accept_loop();
+  void accept_from(int listener, bool local);
+  bool advance(Handshake& handshake);  // true: finished, one way or the other
+  void admit(Handshake& handshake, const Ticket& ticket);
+  Engine& least_loaded();
+  int64_t lanes() const;
+
+  Published published_;
+  std::vector<std::unique_ptr<Engine>> engines_;
+  const uint32_t max_lanes_;
+  const uint64_t max_frame_bytes_;
+  Fd epoll_, wake_, unix_listener_, tcp_listener_;
+  std::string unix_path_;
+  std::mutex tickets_mutex_;
+  std::map<std::string, Ticket> tickets_;
+  std::map<int, Handshake> handshakes_;  // acceptor thread only
+  std::atomic<bool> stopping_{false};
+  std::atomic<int64_t> direct_in_flight_{0};
+  Direct direct_;
+  std::thread acceptor_;
+};
+
+}  // namespace sidepool

@@ -1,0 +1,100 @@
+// The sidecar's end of a lane. Every method is called by the engine thread that owns the lane, and by no other.
+#pragma once
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "frames.hpp"
+#include "memory.hpp"
+#include "serve.hpp"
+
+namespace sidepool {
+
+struct LaneLimits {
+  uint32_t slots = 0;
+  uint64_t request_bytes = 0;
+  uint64_t response_bytes = 0;
+};
+
+struct LaneCounters {
+  Counter received, sent, request_bytes, response_bytes, credit_waits;
+};
+
+class ServerLane : public ResponseSink {
+ public:
+  ServerLane(const LaneLimits& limits, Fd socket) : limits_(limits), socket_(std::move(socket)) {}
+
+  virtual const char* kind() const = 0;
+
+  // Requests that have arrived since the last call: their slots are appended. False: the peer is gone or broke the
+  // protocol, and the lane must be dropped. `readable` says that the socket has something to read.
+  virtual bool collect(std::vector<uint32_t>& slots, bool readable) = 0;
+  // Whether collect without a readable socket can find anything (memory the engine must poll).
+  virtual bool polled() const = 0;
+  virtual bool has_pending() const { return false; }
+
+  // The request of a slot that collect named: the frame and its length (already checked against the slot).
+  virtual std::pair<const std::byte*, size_t> request(uint32_t slot) const = 0;
+  virtual std::pair<std::byte*, size_t> payload(uint32_t slot) = 0;
+  // From now on progress() speaks of this slot.
+  virtual void begin(uint32_t slot, const ParsedRequest& request) = 0;
+  // The subrequest is over: publish what has not been published and the header. False: drop the lane.
+  virtual bool finish(ResponseHeader header) = 0;
+  // The socket can take more bytes.
+  virtual bool writable() { return true; }
+  virtual bool wants_write() const { return false; }
+
+  int fd() const { return socket_.get(); }
+  const LaneLimits& limits() const { return limits_; }
+  LaneCounters& counters() { return counters_; }
+
+ protected:
+  LaneLimits limits_;
+  Fd socket_;
+  LaneCounters counters_;
+};
+
+// What the two ends of an shm lane map. One control line per slot keeps slots from sharing a cache line.
+struct alignas(64) SlotControl {
+  // Features complete so far; kSlotDone on top once the header is final.
+  std::atomic<uint32_t> word{0};
+  std::atomic<uint32_t> waiting{0};
+};
+constexpr uint32_t kSlotDone = 1u << 31;
+// Set by the ranker alone: the lane is dead; the right to read the socket is passed on (flips). Both only make the
+// word differ from what a sleeping thread waits on.
+constexpr uint32_t kSlotDead = 1u << 30;
+constexpr uint32_t kSlotPass = 1u << 29;
+constexpr uint32_t kSlotProgress = (1u << 24) - 1;
+
+struct ShmHeader {
+  alignas(64) std::atomic<uint64_t> pending{0};  // ranker → sidecar: one bit per slot with a new request
+  SlotControl control[kMaxSlots];
+};
+constexpr size_t kShmHeaderBytes = 8192;
+static_assert(sizeof(ShmHeader) <= kShmHeaderBytes);
+
+// One per engine, mapped read-only by its rankers.
+struct EnginePage {
+  std::atomic<uint32_t> sleeping{0};
+};
+
+inline size_t shm_bytes(const LaneLimits& limits) {
+  return kShmHeaderBytes + limits.slots * (limits.request_bytes + limits.response_bytes);
+}
+inline size_t shm_request_offset(const LaneLimits& limits, uint32_t slot) { return kShmHeaderBytes + slot * limits.request_bytes; }
+inline size_t shm_response_offset(const LaneLimits& limits, uint32_t slot) {
+  return kShmHeaderBytes + limits.slots * limits.request_bytes + slot * limits.response_bytes;
+}
+
+// Makes the sealed memfd of a lane; the socket's peer gets it with the acknowledgement.
+struct ShmRegion {
+  Fd memfd;
+  Mapping mapping;
+};
+ShmRegion make_shm_region(const LaneLimits& limits);
+
+std::unique_ptr<ServerLane> make_shm_server_lane(const LaneLimits& limits, Fd socket, ShmRegion region);
+std::unique_ptr<ServerLane> make_tcp_server_lane(const LaneLimits& limits, Fd socket);
+
+}  // namespace sidepool
