@@ -26,7 +26,10 @@ DEFAULT_DEADLINE_MS = 1000.0
 # What a sidecar on the same machine or in the same rack takes; longer spinning steals the core from the dense net.
 DEFAULT_SPIN_US = 50
 
-_ID_OUT_OF_RANGE = 1  # Reason::id_out_of_range in native/core/status.hpp
+# Reasons whose sentences leave room for what is allowed (native/core/status.hpp).
+_ID_OUT_OF_RANGE = 1
+_LENGTHS_NOT_BATCHES = 5
+_TOO_FEW_COLUMNS = 10
 
 _FAULTS = {
     Status.OVERLOADED: "no credit was free within the budget",
@@ -288,8 +291,8 @@ class EmbeddingClient:
             begin, end = self._columns[feature]
             return values.shape[0] * (end - begin)
         batch = lengths.size // len(self.plan.features)
-        total = int(lengths[feature * batch : (feature + 1) * batch].sum(dtype=np.int64))
-        return min(max(total, 0), values.size)
+        lengths = lengths[feature * batch : (feature + 1) * batch]
+        return min(int(np.maximum(lengths, 0).sum(dtype=np.int64)), values.size)
 
     def _spread(
         self, feature: int, rows: NDArray[np.float32], parts: Sequence[Part], errors: Sequence[SidepoolError | None]
@@ -309,12 +312,16 @@ class EmbeddingClient:
         status, reason, feature, bag, value = verdict
         if not status:
             return None
-        known = 0 <= feature < len(self.plan.features)
-        name = self.plan.features[feature].name if known else str(feature)
-        text = _native.reason_text(reason).format(feature=name, bag=bag, value=value)
-        if reason == _ID_OUT_OF_RANGE and known:
-            text += f"; allowed: 0 to {self.plan.feature_tables[feature].rows - 1}"
-        return error_for(status, text)
+        features = self.plan.features
+        allowed: object = ""
+        if reason == _ID_OUT_OF_RANGE:
+            allowed = f"0 to {self.plan.feature_tables[feature].rows - 1}"
+        elif reason == _LENGTHS_NOT_BATCHES:
+            allowed = len(features)
+        elif reason == _TOO_FEW_COLUMNS:
+            allowed = max(end for _, end in self._columns)
+        name = features[feature].name if feature >= 0 else ""
+        return error_for(status, _native.reason_text(reason).format(feature=name, bag=bag, value=value, allowed=allowed))
 
     def _fault_text(self, status: int, peer: int) -> str:
         what = _FAULTS.get(Status(status), "the lookup failed there") if status in Status.__members__.values() else "unknown status"

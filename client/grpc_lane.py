@@ -73,6 +73,8 @@ class GrpcLane:
         while not self._ended.locked():
             taken = self._native.take(self._sidecar, TAKE_S)
             if taken is None:
+                if not self._native.lane_alive(self._sidecar):  # closed or replaced: `take` would not wait any more
+                    return
                 continue
             ticket, frame, budget_ns = taken
             try:
