@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     elif args.check:
         config = load_sidecar_config(args.config)
         logs.start_logging(config.log_level)
-        load(config, None)
+        load(config)
         print(f"{args.config}: sidecar {config.name!r} can start")
     else:
         SidecarProcess(args.config, args.ready_file).run()

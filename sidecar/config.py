@@ -108,9 +108,9 @@ class SidecarConfig(_Documented):
     spin_us: Annotated[int, Field(ge=0, le=1_000_000)] = 20
     """Microseconds an idle engine spins before it sleeps. 20 is about what waking a sleeping thread costs, so spinning longer
     gains little on average. An idle spinning engine steals its core from a ranker beside it: 0 where cores are scarce."""
-    slots: Annotated[int, Field(ge=1, le=1024)] = 16
+    slots: Annotated[int, Field(ge=1, le=64)] = 16
     """Credits per lane: frames in flight between one ranker and this sidecar. Rankers may ask for fewer. 16 keeps a core busy
-    at the round-trip times of one data centre; more only lengthens the queue."""
+    at the round-trip times of one data centre; more only lengthens the queue. At most 64: one bit each in a machine word."""
     request_slot_bytes: Annotated[int, Field(ge=64 * KIB, le=GIB)] = 2 * MIB
     """Bytes of one request slot: the largest request frame. 2 MiB holds 250,000 ids; rankers cut larger lookups into chunks."""
     response_slot_bytes: Annotated[int, Field(ge=64 * KIB, le=GIB)] = 8 * MIB

@@ -37,9 +37,10 @@ class LoadFailed:
 
 
 class Loader:
-    """At most one load at a time, on its own thread; the outcome goes to `report`."""
+    """At most one load at a time, on its own thread; the plan goes to `planned` as soon as it is read, the outcome to `report`."""
 
-    def __init__(self, report: Callable[[Loaded | LoadFailed], None]) -> None:
+    def __init__(self, planned: Callable[[Plan], None], report: Callable[[Loaded | LoadFailed], None]) -> None:
+        self._planned = planned
         self._report = report
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
@@ -57,7 +58,7 @@ class Loader:
 
     def _load(self, config: SidecarConfig, serving: Published | None) -> None:
         try:
-            published = load(config, serving, cancelled=self._stopping.is_set)
+            published = load(config, serving, self._planned, self._stopping.is_set)
         except LoadCancelled:
             return
         except Exception as e:  # a thread has no caller: the main loop decides what any failure means
@@ -66,7 +67,12 @@ class Loader:
             self._report(Loaded(config, published))
 
 
-def load(config: SidecarConfig, serving: Published | None, *, cancelled: Callable[[], bool] = lambda: False) -> Published | None:
+def load(
+    config: SidecarConfig,
+    serving: Published | None = None,
+    planned: Callable[[Plan], None] = lambda plan: None,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> Published | None:
     """Load what `config` names; None when its plan is the one already `serving`.
 
     Raises `PlanError` and `ShardCorrupt`, and `LoadCancelled` soon after `cancelled()` is true.
@@ -74,6 +80,7 @@ def load(config: SidecarConfig, serving: Published | None, *, cancelled: Callabl
     plan = load_plan(Path(config.plan))
     if serving is not None and not _replaces(plan, serving.plan, config.plan):
         return None
+    planned(plan)
     began, logged = time.monotonic(), 0
 
     def progress(done: int, total: int) -> None:

@@ -35,7 +35,7 @@ class SidecarProcess:
         self._config_path = config_path
         self._ready_file = ready_file
         self._events: queue.SimpleQueue[Loaded | LoadFailed | signal.Signals] = queue.SimpleQueue()
-        self._loader = Loader(self._events.put)
+        self._loader = Loader(self._planned, self._events.put)
         self._reload_wanted = False
         self._loading = False
         self._ready = False
@@ -58,6 +58,7 @@ class SidecarProcess:
             self._serving = Serving(config.name, self._server)
             self._control = ControlPlane(config, self._serving)
             stack.callback(self._control.stop)
+            logs.info("control plane listening; loading", grpc=self._control.address)
             self._metrics = MetricsServer(config.listen.metrics, self._serving) if config.listen.metrics else None
             if self._metrics is not None:
                 stack.callback(self._metrics.close)
@@ -94,6 +95,11 @@ class SidecarProcess:
                 self._reload_wanted = False
                 self._reload()
 
+    def _planned(self, plan: Plan) -> None:
+        """On the loader's thread: while its shards are loaded, the first plan's model is known and not healthy."""
+        if not self._ready:
+            self._serving.announce(plan.model)
+
     def _load(self, config: SidecarConfig) -> None:
         self._loading = True
         self._loader.start(config, self._serving.published)
@@ -105,10 +111,10 @@ class SidecarProcess:
         except SidepoolError as e:
             self._refuse(e)
             return
+        logs.set_level(config.log_level)
         changed = {key for key, value in config if value != getattr(self._config, key)}
         if changed - RELOADABLE:
             logs.error("these settings change only with a restart; the old values stay", settings=sorted(changed - RELOADABLE))
-        logs.set_level(config.log_level)
         self._load(self._config.model_copy(update={key: getattr(config, key) for key in RELOADABLE}))
 
     def _adopt(self, loaded: Loaded, stack: contextlib.ExitStack) -> None:
@@ -168,12 +174,12 @@ class SidecarProcess:
             "unix": lanes.get("shm"),
             "metrics": self._metrics.address if self._metrics is not None else None,
         }
-        logs.info("ready", **facts)
         if self._ready_file is not None:
             partial = self._ready_file.with_name(self._ready_file.name + ".partial")
             partial.write_text(json.dumps({"event": "ready", **facts}) + "\n", encoding="utf-8")
             partial.rename(self._ready_file)  # whoever waits for the file never sees half of it
             stack.callback(self._ready_file.unlink, missing_ok=True)
+        logs.info("ready", **facts)
 
     def _drain(self) -> None:
         self._serving.begin_drain()

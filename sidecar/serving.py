@@ -47,6 +47,7 @@ class Serving:
         self._state = State.LOADING
         self._published: Published | None = None
         self._model: str | None = None
+        self._shown: dict[str, int] = {}
         self._set_health()
 
     @property
@@ -62,7 +63,7 @@ class Serving:
         """Give `model`, which will be served, its own health service name."""
         with self._lock:
             if self._model not in (None, model):
-                self.health.set(self._model, health_pb2.HealthCheckResponse.SERVICE_UNKNOWN)
+                self._show(self._model, health_pb2.HealthCheckResponse.SERVICE_UNKNOWN)
             self._model = model
             self._set_health()
 
@@ -106,4 +107,9 @@ class Serving:
         status = healthy if self._state is State.SERVING else health_pb2.HealthCheckResponse.NOT_SERVING
         for service in ("", CONTROL_SERVICE, self._model):
             if service is not None:
-                self.health.set(service, status)
+                self._show(service, status)
+
+    def _show(self, service: str, status: int) -> None:
+        if self._shown.get(service) != status:  # watchers are told of changes only
+            self._shown[service] = status
+            self.health.set(service, status)

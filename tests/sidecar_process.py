@@ -88,15 +88,19 @@ class RunningSidecar:
         if self._channel is not None:
             self._channel.close()
         if self.process.poll() is None:
+            self.process.terminate()  # not killed, so that it removes what it made
+        try:
+            self.wait()
+        finally:
             self.process.kill()
-        self.wait()
-        assert self.process.stderr is not None
-        self.process.stderr.close()
+            self.process.wait()
+            assert self.process.stderr is not None
+            self.process.stderr.close()
 
 
 @contextmanager
 def started(config: Path, *options: str) -> Iterator[RunningSidecar]:
-    """A sidecar that may not have come far yet; killed at the end if it still runs."""
+    """A sidecar that may not have come far yet; asked to stop at the end if it still runs."""
     sidecar = RunningSidecar(config, *options)
     try:
         yield sidecar

@@ -69,6 +69,57 @@ def test_a_sidecar_becomes_healthy_and_describes_what_it_holds(artifact: SmallAr
         assert line["pid"] == sidecar.process.pid
 
 
+def test_while_loading_the_control_plane_answers_and_lookups_are_refused_as_retryable(artifact: SmallArtifact) -> None:
+    manifest = artifact.shards / "shards.json"
+    text = manifest.read_text()
+    manifest.unlink()
+    os.mkfifo(manifest)  # loading waits here until someone writes
+    with started(artifact.config) as sidecar:
+        sidecar.connect(sidecar.wait_for("control plane listening")["grpc"])
+        with manifest.open("w") as pipe:  # returns when the sidecar has begun to read, the plan being known by then
+            assert [sidecar.health(service) for service in ("", "sidepool.v1.Sidecar", "ctr")] == [NOT_SERVING] * 3
+            assert sidecar.control.Describe(control_pb2.DescribeRequest(), timeout=PATIENCE_S).state == "loading"
+            for call, request in (
+                (sidecar.control.Connect, connect_request(artifact)),
+                (sidecar.control.Lookup, control_pb2.LookupFrame(frame=b"x")),
+            ):
+                status, code, message = refused(call, request)
+                assert (status, code) == (grpc.StatusCode.UNAVAILABLE, "OVERLOADED")
+                assert "still loading" in message
+            watch = health_pb2_grpc.HealthStub(sidecar.channel).Watch(health_pb2.HealthCheckRequest(), timeout=PATIENCE_S)
+            assert next(watch).status == NOT_SERVING
+            manifest.unlink()
+            manifest.write_text(text)
+            pipe.write(text)
+        sidecar.wait_for("ready")
+        assert next(watch).status == SERVING
+        watch.cancel()
+
+
+def test_a_stop_signal_while_loading_ends_the_process(artifact: SmallArtifact) -> None:
+    manifest = artifact.shards / "shards.json"
+    text = manifest.read_text()
+    manifest.unlink()
+    os.mkfifo(manifest)
+    with started(artifact.config) as sidecar:
+        with manifest.open("w") as pipe:
+            sidecar.send(signal.SIGTERM)
+            sidecar.wait_for("asked to stop")
+            manifest.unlink()
+            manifest.write_text(text)
+            pipe.write(text)
+        assert sidecar.wait() == 0
+        assert not any('"ready"' in line for line in sidecar.stderr)
+
+
+def test_a_wildcard_address_is_given_to_rankers_as_the_plan_has_it(artifact: SmallArtifact) -> None:
+    artifact.write_config(listen={"tcp": "0.0.0.0:0"})
+    with ready(artifact.config) as (sidecar, _):
+        address = sidecar.control.Connect(connect_request(artifact), timeout=PATIENCE_S).address
+    assert address.startswith("127.0.0.1:")
+    assert not address.endswith(":0")
+
+
 def test_a_health_watcher_sees_the_drain_coming(artifact: SmallArtifact) -> None:
     with ready(artifact.config) as (sidecar, _):
         stub = health_pb2_grpc.HealthStub(sidecar.channel)

@@ -11,7 +11,6 @@ from small_artifact import OTHER_SIDECAR, SIDECAR, write_small_artifact
 from sidepool import _native
 from sidepool.sidecar.shards import LoadCancelled, load_tables
 from sidepool.wire.errors import PlanError, ShardCorrupt
-from sidepool.wire.plan import Plan
 
 
 def flip_last_byte(path: Path) -> None:
@@ -85,7 +84,7 @@ def test_a_name_that_the_plan_does_not_know_is_refused(tmp_path: Path) -> None:
 
 def test_shards_written_for_another_plan_are_refused(tmp_path: Path) -> None:
     artifact = write_small_artifact(tmp_path)
-    other = Plan(**{**dict(artifact.plan), "epoch": 2})
+    other = write_small_artifact(tmp_path / "other", epoch=2).plan
     with pytest.raises(PlanError, match="shards of plan"):
         load_tables(other, SIDECAR, artifact.shards)
 
