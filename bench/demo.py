@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 from tritonclient.utils import InferenceServerException
 
@@ -22,7 +21,7 @@ from sidepool.bench.criteo import CriteoRows, generate_rows, read_rows
 from sidepool.bench.deployment import DISAGGREGATED, MONOLITHIC, Deployment, deployed
 from sidepool.bench.measure import Measured, Shape
 from sidepool.bench.models import dlrm
-from sidepool.bench.serve import measure_shapes, print_comparison
+from sidepool.bench.serve import make_console, measure_shapes, print_comparison
 from sidepool.bench.stage_table import Stages, between, print_stages, snapshot
 from sidepool.bench.stop_signals import stopped_by_signals
 from sidepool.bench.traffic import Arrays, Caller, concurrently, fixed_request, infer_inputs, jagged_request
@@ -39,6 +38,8 @@ MAX_BATCH = 512
 CLIENTS = 8
 MEASURED_BATCHES = (1, 128, 512)
 REQUESTS_PER_SHAPE = 16
+# What runs where, and what each sidecar holds and sends.
+REPORT_PARAGRAPHS = 3
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Demo:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self._args = args
-        self._console = Console()
+        self._console = make_console()
 
     def run(self, variants: Sequence[str]) -> None:
         """All variants, then the report; raises `SidepoolError`, having stopped everything it started."""
@@ -93,7 +94,8 @@ class Demo:
         with deployed(
             model, example_inputs, directory=work_dir / variant, work_dir=work_dir, lane=self._args.lane, step=self._console.print
         ) as deployment:
-            self._console.print(deployment.report.text, highlight=False)
+            self._console.print("\n".join(deployment.report.text.split("\n\n")[:REPORT_PARAGRAPHS]))
+            self._console.print(f"  (every table and feature: {work_dir / variant / 'report.txt'})")
             before = snapshot(deployment.server, DISAGGREGATED)
             scores = self._send_all(deployment, batches)
             stages = between(before, snapshot(deployment.server, DISAGGREGATED))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sidepool.bench.monolith import write_monolith
-from sidepool.bench.processes import running_sidecars
+from sidepool.bench.processes import Sidecar, running_sidecars
 from sidepool.bench.triton_server import TritonServer, free_ports
 from sidepool.partition import PartitionReport, partition_model
 from sidepool.partition.triton_config import TritonOptions
@@ -28,7 +28,7 @@ class Deployment:
 
     server: TritonServer
     report: PartitionReport
-    lane: str
+    sidecars: list[Sidecar]
 
 
 @contextlib.contextmanager
@@ -63,10 +63,10 @@ def deployed(
     configs = sorted((directory / "sidecars").glob("*/sidecar.yaml"))
     with contextlib.ExitStack() as stack:
         step(f"starting {sidecars} sidecars")
-        stack.enter_context(running_sidecars(configs, work_dir=work_dir / "logs"))
+        started = stack.enter_context(running_sidecars(configs, work_dir=work_dir / "logs"))
         step("starting Triton")
         server = stack.enter_context(TritonServer(repository, work_dir=work_dir, log=work_dir / "logs" / "triton.log"))
-        yield Deployment(server, report, lane)
+        yield Deployment(server, report, started)
 
 
 def dense_threads() -> int:

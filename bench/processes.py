@@ -17,51 +17,74 @@ READY_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 10.0
 
 
+class Sidecar:
+    """One `sidepool sidecar` process, which can be stopped and started again."""
+
+    def __init__(self, config: Path, *, log: Path, ready: Path) -> None:
+        """`log` collects its output over all starts; `ready` is its ready file."""
+        self._command = [sys.executable, "-m", "sidepool", "sidecar", "--config", str(config), "--ready-file", str(ready)]
+        self._log, self._ready = log, ready
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process is not None else None
+
+    def start(self) -> None:
+        """Start the process; does not wait. A session of its own: Ctrl-C reaches only us, and the order of stopping is ours."""
+        self._ready.unlink(missing_ok=True)
+        with self._log.open("ab") as output:
+            self._process = subprocess.Popen(
+                self._command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+            )
+
+    def wait_ready(self) -> None:
+        """Wait for the ready file; raises `TransportError` if the process ends or takes too long."""
+        assert self._process is not None
+        deadline = time.monotonic() + READY_TIMEOUT_S
+        while not self._ready.exists():
+            code = self._process.poll()
+            if code is not None or time.monotonic() > deadline:
+                what = f"ended with status {code}" if code is not None else f"was not ready after {READY_TIMEOUT_S:g} s"
+                tail = "\n".join(self._log.read_text(errors="replace").splitlines()[-15:])
+                raise TransportError(f"{self._log.stem}: {what}:\n{tail}")
+            time.sleep(0.02)
+
+    def stop(self) -> None:
+        """End the process: SIGTERM, then SIGKILL. Idempotent."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.terminate()
+            try:
+                process.wait(STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    def kill(self) -> None:
+        """End the process as a crash would."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.wait()
+
+
 @contextlib.contextmanager
-def running_sidecars(configs: Sequence[Path], *, work_dir: Path) -> Iterator[list[subprocess.Popen[bytes]]]:
+def running_sidecars(configs: Sequence[Path], *, work_dir: Path) -> Iterator[list[Sidecar]]:
     """Start one sidecar per configuration file and wait until all are ready; raises `TransportError` with a log's end.
 
-    Logs and ready files go to `work_dir`, named `sidecar-N`. Leaving stops them, by SIGTERM first.
+    Logs and ready files go to `work_dir`, named `sidecar-N`. Leaving stops them.
     """
     work_dir.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        started = []
+        sidecars = []
         for i, config in enumerate(configs):
-            log, ready = work_dir / f"sidecar-{i}.log", work_dir / f"sidecar-{i}.ready"
-            ready.unlink(missing_ok=True)
-            process = start_sidecar(config, log=log, ready=ready)
-            stack.callback(stop_process, process)
-            started.append((process, log, ready))
-        for process, log, ready in started:
-            wait_ready(process, log=log, ready=ready)
-        yield [process for process, _, _ in started]
-
-
-def start_sidecar(config: Path, *, log: Path, ready: Path) -> subprocess.Popen[bytes]:
-    """Start `sidepool sidecar` in a session of its own, so that Ctrl-C reaches only us and the order of stopping is ours."""
-    command = [sys.executable, "-m", "sidepool", "sidecar", "--config", str(config), "--ready-file", str(ready)]
-    with log.open("wb") as output:
-        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True)
-
-
-def wait_ready(process: subprocess.Popen[bytes], *, log: Path, ready: Path) -> None:
-    """Wait for the ready file; raises `TransportError` if the process ends or takes too long."""
-    deadline = time.monotonic() + READY_TIMEOUT_S
-    while not ready.exists():
-        code = process.poll()
-        if code is not None or time.monotonic() > deadline:
-            what = f"ended with status {code}" if code is not None else f"was not ready after {READY_TIMEOUT_S:g} s"
-            tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
-            raise TransportError(f"sidecar {log.stem}: {what}:\n{tail}")
-        time.sleep(0.02)
-
-
-def stop_process(process: subprocess.Popen[bytes]) -> None:
-    """End a child: SIGTERM, then SIGKILL. Idempotent."""
-    if process.poll() is None:
-        process.terminate()
-        try:
-            process.wait(STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-    process.wait()
+            log = work_dir / f"sidecar-{i}.log"
+            log.unlink(missing_ok=True)
+            sidecar = Sidecar(config, log=log, ready=work_dir / f"sidecar-{i}.ready")
+            stack.callback(sidecar.stop)
+            sidecar.start()
+            sidecars.append(sidecar)
+        for sidecar in sidecars:
+            sidecar.wait_ready()
+        yield sidecars

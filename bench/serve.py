@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print a table, write JSON."""
-    console = Console()
+    console = make_console()
     about = machine.describe(args.seed)
     console.print("  ".join(f"{key}: {value}" for key, value in about.items()))
     results: dict[str, dict[str, Measured]] = {}
@@ -94,6 +95,11 @@ def measure_shapes(address: str, shapes: list[Shape], *, rounds: int, console: C
             progress.update(task, description=f"measuring {shape.title}")
             results[shape.title] = compare(address, models, shape, rounds=rounds, progress=lambda: progress.advance(task))
     return results
+
+
+def make_console() -> Console:
+    """A console as wide as the terminal, or wide enough for the tables where there is none."""
+    return Console(width=None if sys.stdout.isatty() else 132, highlight=False)
 
 
 def print_comparison(console: Console, results: Mapping[str, Mapping[str, Measured]]) -> None:
