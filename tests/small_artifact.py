@@ -21,7 +21,7 @@ OTHER_SIDECAR = "sc1"
 
 @dataclass(frozen=True)
 class SmallArtifact:
-    """`users` (fp32) and `items` (fp16) lie on sidecar `sc0`; `ads` lies on `sc1`, whose shards are not written."""
+    """`users` (fp32) and `items` (fp16) lie on sidecar `sc0`; `ads`, unless left out, on `sc1`, whose shards are not written."""
 
     directory: Path
     plan: Plan
@@ -45,8 +45,13 @@ class SmallArtifact:
         self.config.write_text(yaml.safe_dump(settings), encoding="utf-8")
 
 
-def write_small_artifact(directory: Path, *, epoch: int = 1, model: str = "ctr", seed: int = 0) -> SmallArtifact:
-    """Write plan, shards and configuration into `directory` (replacing what is there)."""
+def write_small_artifact(
+    directory: Path, *, epoch: int = 1, model: str = "ctr", seed: int = 0, address: str | None = None
+) -> SmallArtifact:
+    """Write plan, shards and configuration into `directory` (replacing what is there).
+
+    With an `address`, `sc0` listens there and holds every table, so that a client can be served by it alone.
+    """
     random = np.random.default_rng(seed)
     rows: dict[str, NDArray[Any]] = {
         "users": random.standard_normal((50, 8), dtype=np.float32),
@@ -54,17 +59,22 @@ def write_small_artifact(directory: Path, *, epoch: int = 1, model: str = "ctr",
     }
     formats = {"users": RowFormat.FP32, "items": RowFormat.FP16}
     held = tuple(Table(name=n, rows=r.shape[0], dim=r.shape[1], row_format=formats[n]) for n, r in rows.items())
-    tables = (*held, Table(name="ads", rows=10, dim=2))
+    tables = held if address else (*held, Table(name="ads", rows=10, dim=2))
+    features = [
+        Feature(name="user", table="users"),
+        Feature(name="ad", table="ads"),
+        Feature(name="item", table="items", pooling=Pooling.MEAN),
+    ]
     plan = Plan(
         epoch=epoch,
         model=model,
         tables=tables,
-        features=(
-            Feature(name="user", table="users"),
-            Feature(name="ad", table="ads"),
-            Feature(name="item", table="items", pooling=Pooling.MEAN),
+        features=tuple(f for f in features if f.table in {t.name for t in tables}),
+        sidecars=tuple(
+            SidecarAddress(name=name, address=where)
+            for name, where in ((SIDECAR, address or "127.0.0.1:1"), (OTHER_SIDECAR, "127.0.0.1:2"))
+            if name == SIDECAR or not address
         ),
-        sidecars=(SidecarAddress(name=SIDECAR, address="127.0.0.1:1"), SidecarAddress(name=OTHER_SIDECAR, address="127.0.0.1:2")),
         shards=tuple(
             Shard(table=t.name, sidecar=OTHER_SIDECAR if t.name == "ads" else SIDECAR, rows=(0, t.rows), columns=(0, t.dim))
             for t in tables
@@ -88,5 +98,5 @@ def write_small_artifact(directory: Path, *, epoch: int = 1, model: str = "ctr",
             )
         )
     save_manifest(ShardManifest(sidecar=SIDECAR, plan_fingerprint=plan.fingerprint, shards=tuple(files)), artifact.shards)
-    artifact.write_config()
+    artifact.write_config(listen={"grpc": address or "127.0.0.1:0"})
     return artifact
