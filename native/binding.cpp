@@ -186,19 +186,27 @@ std::shared_ptr<LookupClient> make_client(int64_t epoch, int64_t sidecars, uint3
   return std::make_shared<LookupClient>(epoch, std::move(routes), spin_us, degrade);
 }
 
+// An array as it is: a converted copy would be gone before the lookup reads it, or take the results with it.
+template <class T>
+T exact(nb::handle item, const char* wanted) {
+  T array;
+  if (!nb::try_cast<T>(item, array, false)) throw nb::type_error(wanted);
+  return array;
+}
+
 void add_part(nb::handle item, std::vector<Part>& parts) {
   const nb::tuple t = nb::cast<nb::tuple>(item);
   if (t.size() != 3) throw nb::type_error("a part is (values, lengths, weights)");
   Part part;
   if (t[1].is_none()) {
-    const auto ids = nb::cast<nb::ndarray<const int64_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>>(t[0]);
+    const auto ids = exact<nb::ndarray<const int64_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>>(t[0], "ids: wants contiguous int64 [batch, width]");
     part.values = ids.data();
     part.fixed_batch = int64_t(ids.shape(0));
     part.fixed_width = int64_t(ids.shape(1));
     part.value_count = part.fixed_batch * part.fixed_width;
   } else {
-    const auto values = nb::cast<Array<int64_t>>(t[0]);
-    const auto lengths = nb::cast<AnyArray<int32_t>>(t[1]);
+    const auto values = exact<Array<int64_t>>(t[0], "values: wants contiguous int64 [nnz]");
+    const auto lengths = exact<AnyArray<int32_t>>(t[1], "lengths: wants contiguous int32");
     part.values = values.data();
     part.value_count = int64_t(values.shape(0));
     // An empty array may have no address; a part is jagged because it has lengths, however few.
@@ -207,7 +215,7 @@ void add_part(nb::handle item, std::vector<Part>& parts) {
     part.length_count = int64_t(lengths.size());
   }
   if (!t[2].is_none()) {
-    const auto weights = nb::cast<AnyArray<float>>(t[2]);
+    const auto weights = exact<AnyArray<float>>(t[2], "weights: wants contiguous float32");
     static const float nothing = 0;
     part.weights = weights.size() > 0 ? weights.data() : &nothing;
     part.weight_count = int64_t(weights.size());
@@ -251,7 +259,7 @@ nb::tuple lookup(LookupClient& client, nb::sequence part_list, Rows out, nb::seq
   parts.clear();
   for (nb::handle item : part_list) add_part(item, parts);
   std::vector<Rows> sequences;
-  for (nb::handle item : sequence_list) sequences.push_back(nb::cast<Rows>(item));
+  for (nb::handle item : sequence_list) sequences.push_back(exact<Rows>(item, "sequences: wants float32 [ids, dim]"));
   check_outputs(client, parts, out, sequences);
   if (deadline_ns <= 0) throw nb::value_error("deadline_ns: must be positive");
   if (trace.size() != 0 && trace.size() != sizeof RequestHeader::trace) throw nb::value_error("trace: 26 bytes or none");
@@ -404,7 +412,7 @@ NB_MODULE(_native, m) {
   m.def("force_simd_level", &force_simd_level, "level"_a);
   m.def("reason_text", [](int reason) { return std::string(reason_text(Reason(reason))); }, "reason"_a);
   m.def("inspect_frame", &inspect_frame, "frame"_a);
-  m.def("pool", &pool_one, "tables"_a, "feature"_a, "values"_a, "lengths"_a, "weights"_a.none(), "out"_a);
+  m.def("pool", &pool_one, "tables"_a, "feature"_a, "values"_a, "lengths"_a, "weights"_a.none(), "out"_a.noconvert());
   m.def(
       "crc32c",
       [](nb::object data, uint32_t seed) {
@@ -525,7 +533,8 @@ NB_MODULE(_native, m) {
       .def("detach", [](LookupClient& self, int64_t sidecar) { self.detach(check_sidecar(self, sidecar)); }, "sidecar"_a)
       .def("lane_alive", [](LookupClient& self, int64_t sidecar) { return self.alive(check_sidecar(self, sidecar)); }, "sidecar"_a)
       .def("wait_lane_lost", &LookupClient::wait_lane_lost, "timeout_s"_a, nb::call_guard<nb::gil_scoped_release>())
-      .def("lookup", &lookup, "parts"_a, "out"_a, "sequences"_a, "deadline_ns"_a, "priority"_a, "trace"_a, "verdicts"_a, "timings"_a)
+      .def("lookup", &lookup, "parts"_a, "out"_a.noconvert(), "sequences"_a, "deadline_ns"_a, "priority"_a, "trace"_a,
+           "verdicts"_a.noconvert(), "timings"_a.noconvert())
       .def("degraded", [](LookupClient& self, Numbers timings) {
             std::vector<int64_t> lost;
             for (size_t s = 0; s < self.sidecar_count() && s + 1 < timings.shape(0); ++s)
