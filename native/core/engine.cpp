@@ -264,6 +264,7 @@ void Engine::drop_dead() {
       counters_.lanes.set(int64_t(lanes_.size()));
     }
     stream_lanes_ -= !gone->lane->polled();
+    gone.reset();  // closed before it stops counting
     load_.fetch_sub(1, std::memory_order_relaxed);
   }
 }

@@ -1,0 +1,425 @@
+// Lanes and engines under concurrency, loss and lies: one server, real sockets and shared memory, in one process so that
+// the sanitizers see both ends.
+#include <arpa/inet.h>
+#include <dirent.h>
+#include <netinet/in.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+
+#include <atomic>
+#include <cmath>
+#include <cstdlib>
+#include <random>
+#include <thread>
+
+#include "check.hpp"
+#include "client.hpp"
+#include "connect.hpp"
+#include "server.hpp"
+
+// Counts every heap allocation of the process.
+static std::atomic<int64_t> allocations{0};
+void* operator new(size_t n) {
+  allocations.fetch_add(1, std::memory_order_relaxed);
+  if (void* p = std::malloc(n)) return p;
+  throw std::bad_alloc();
+}
+void operator delete(void* p) noexcept { std::free(p); }
+void operator delete(void* p, size_t) noexcept { std::free(p); }
+
+using namespace sidepool;
+
+namespace {
+
+constexpr int kFeatures = 6;
+constexpr int64_t kRows = 1000;
+constexpr int kDim = 16;
+
+std::shared_ptr<TableSet> make_tables(int sidecar, int sidecars) {
+  auto tables = std::make_shared<TableSet>(5, kFeatures, kFeatures);
+  std::vector<float> rows(kRows * kDim);
+  for (int f = 0; f < kFeatures; ++f) {
+    if (f % sidecars != sidecar) continue;
+    for (int64_t r = 0; r < kRows; ++r)
+      for (int d = 0; d < kDim; ++d) rows[size_t(r * kDim + d)] = float(f * 10000 + r);
+    tables->add_copy(f, rows.data(), kRows, kDim, RowFormat::fp32, OutOfRange::error, 0);
+    tables->add_feature(f, f, Pooling::sum, false);
+  }
+  tables->seal();
+  return tables;
+}
+
+Routes make_routes(int sidecars) {
+  Routes routes;
+  routes.of_sidecar.resize(size_t(sidecars));
+  for (int f = 0; f < kFeatures; ++f) {
+    RoutedFeature feature;
+    feature.rows = kRows;
+    feature.dim = kDim;
+    feature.sidecar = f % sidecars;
+    feature.out_column = f * kDim;
+    feature.fixed_begin = f;
+    routes.of_sidecar[size_t(feature.sidecar)].push_back(f);
+    routes.features.push_back(feature);
+  }
+  routes.max_fixed_column = kFeatures;
+  return routes;
+}
+
+std::string socket_path(int i) { return "/tmp/sidepool-lanes-test-" + std::to_string(getpid()) + "-" + std::to_string(i); }
+
+std::string fresh_token() {
+  static std::atomic<uint64_t> next{1};
+  std::string token(16, '\0');
+  const uint64_t n = next.fetch_add(1);
+  std::memcpy(token.data(), &n, sizeof n);
+  return token;
+}
+
+struct Cluster {
+  std::vector<std::unique_ptr<SidecarServer>> servers;
+  std::vector<int> ports;
+  explicit Cluster(int sidecars, int engines = 1) {
+    for (int s = 0; s < sidecars; ++s) {
+      servers.push_back(std::make_unique<SidecarServer>(engines, 5, 64, 64 << 20));
+      servers.back()->publish(make_tables(s, sidecars));
+      servers.back()->listen_unix(socket_path(s));
+      ports.push_back(servers.back()->listen_tcp("127.0.0.1", 0));
+    }
+  }
+  std::shared_ptr<ClientLane> connect(int s, const std::string& kind, uint32_t slots = 4, uint64_t request = 1 << 16, uint64_t response = 1 << 18) {
+    const std::string token = fresh_token();
+    servers[size_t(s)]->expect(token, kind, {slots, request, response}, 5);
+    return kind == "shm" ? connect_shm(socket_path(s), token, 5) : connect_tcp("127.0.0.1", ports[size_t(s)], token, 5);
+  }
+  void attach(LookupClient& client, const std::string& kind) {
+    for (size_t s = 0; s < servers.size(); ++s) client.attach(int32_t(s), connect(int(s), kind));
+  }
+};
+
+// One thread's lookups, each checked: ids and batch random, values known in closed form.
+struct Looker {
+  std::mt19937 rng;
+  std::vector<int64_t> ids;
+  std::vector<float> out;
+  explicit Looker(unsigned seed) : rng(seed) {}
+
+  LookupResult look(LookupClient& client, int64_t batch, uint64_t budget_ns = 5'000'000'000) {
+    ids.resize(size_t(batch * kFeatures));
+    for (auto& id : ids) id = int64_t(rng() % kRows);
+    out.assign(size_t(batch * kFeatures * kDim), -1.f);
+    Part part;
+    part.values = ids.data();
+    part.value_count = int64_t(ids.size());
+    part.fixed_batch = batch;
+    part.fixed_width = kFeatures;
+    LookupCall call;
+    call.parts = &part;
+    call.part_count = 1;
+    call.out = {out.data(), kFeatures * kDim, nullptr};
+    call.budget_ns = budget_ns;
+    return client.lookup(call);
+  }
+
+  bool right(int64_t batch) const {
+    for (int64_t b = 0; b < batch; ++b)
+      for (int f = 0; f < kFeatures; ++f)
+        for (int d = 0; d < kDim; ++d)
+          if (out[size_t((b * kFeatures + f) * kDim + d)] != float(f * 10000 + ids[size_t(b * kFeatures + f)])) return false;
+    return true;
+  }
+};
+
+void many_threads_share_a_lane(const std::string& kind) {
+  Cluster cluster(2, 2);
+  LookupClient client(5, make_routes(2), 5, false);
+  cluster.attach(client, kind);
+  std::atomic<int> wrong{0};
+  std::vector<std::thread> threads;
+  for (unsigned t = 0; t < 6; ++t)  // more threads than slots: credits are waited for
+    threads.emplace_back([&, t] {
+      Looker looker(t);
+      for (int i = 0; i < 300; ++i) {
+        // Now and then more than a slot holds, so that it travels in chunks.
+        const int64_t batch = i % 37 == 0 ? 1500 : 1 + i % 50;
+        if (looker.look(client, batch).status != Status::ok || !looker.right(batch)) wrong.fetch_add(1);
+      }
+    });
+  for (auto& t : threads) t.join();
+  CHECK(wrong.load() == 0);
+}
+
+void lanes_lost_under_load_fail_cleanly_and_come_back(const std::string& kind) {
+  Cluster cluster(2);
+  LookupClient client(5, make_routes(2), 5, false);
+  cluster.attach(client, kind);
+  std::atomic<bool> stop{false};
+  std::atomic<int64_t> good{0}, lost{0}, bad{0};
+  std::vector<std::thread> threads;
+  for (unsigned t = 0; t < 3; ++t)
+    threads.emplace_back([&, t] {
+      Looker looker(t);
+      while (!stop.load()) {
+        const LookupResult result = looker.look(client, 20);
+        if (result.status == Status::ok && looker.right(20)) good.fetch_add(1);
+        else if (result.status == Status::transport && result.sidecar >= 0) lost.fetch_add(1), std::this_thread::yield();
+        else bad.fetch_add(1);
+      }
+    });
+  for (int round = 0; round < 15; ++round) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(10));
+    client.lane(round % 2)->kill();
+    CHECK(client.wait_lane_lost(5) == round % 2);
+    client.attach(round % 2, cluster.connect(round % 2, kind));
+  }
+  stop.store(true);
+  for (auto& t : threads) t.join();
+  CHECK(good.load() > 0);
+  CHECK(bad.load() == 0);
+}
+
+void a_closing_sidecar_releases_its_waiters(const std::string& kind) {
+  Cluster cluster(1);
+  LookupClient client(5, make_routes(1), 5, false);
+  cluster.attach(client, kind);
+  std::atomic<bool> ended{false};
+  std::atomic<int> odd{0};
+  std::thread thread([&] {
+    Looker looker(1);
+    for (;;) {
+      const LookupResult result = looker.look(client, 5);
+      if (result.status == Status::transport) break;
+      if (result.status != Status::ok) odd.fetch_add(1);
+    }
+    ended.store(true);
+  });
+  std::this_thread::sleep_for(std::chrono::milliseconds(30));
+  cluster.servers[0]->close();
+  thread.join();
+  CHECK(ended.load());
+  CHECK(odd.load() == 0);
+}
+
+void draining_refuses_new_lookups() {
+  Cluster cluster(1);
+  LookupClient client(5, make_routes(1), 5, false);
+  cluster.attach(client, "shm");
+  Looker looker(1);
+  CHECK(looker.look(client, 5).status == Status::ok);
+  cluster.servers[0]->drain();
+  CHECK(looker.look(client, 5).status == Status::draining);
+  CHECK(cluster.servers[0]->in_flight() == 0);
+}
+
+void another_epoch_is_refused(const std::string& kind) {
+  Cluster cluster(1);
+  LookupClient client(6, make_routes(1), 5, false);
+  cluster.attach(client, kind);
+  Looker looker(1);
+  const LookupResult result = looker.look(client, 5);
+  CHECK(result.status == Status::plan);
+  CHECK(result.sidecar == 0);
+}
+
+void lost_sidecars_degrade_to_zeros_where_asked() {
+  Cluster cluster(2);
+  LookupClient client(5, make_routes(2), 5, true);
+  cluster.attach(client, "shm");
+  client.lane(1)->kill();
+  Looker looker(1);
+  const LookupResult result = looker.look(client, 4);
+  CHECK(result.status == Status::ok);
+  CHECK((*result.sidecars)[1].degraded && !(*result.sidecars)[0].degraded);
+  CHECK(looker.out[0] == float(looker.ids[0]));
+  CHECK(looker.out[kDim] == 0.f);
+}
+
+void steady_state_allocates_nothing(const std::string& kind) {
+  Cluster cluster(2);
+  LookupClient client(5, make_routes(2), 5, false);
+  cluster.attach(client, kind);
+  Looker looker(1);
+  for (int i = 0; i < 50; ++i) CHECK(looker.look(client, 64).status == Status::ok);
+  const int64_t before = allocations.load();
+  for (int i = 0; i < 500; ++i) CHECK(looker.look(client, 1 + i % 64).status == Status::ok);
+  CHECK(allocations.load() == before);
+}
+
+int open_descriptors() {
+  int n = 0;
+  DIR* d = opendir("/proc/self/fd");
+  while (readdir(d) != nullptr) ++n;
+  closedir(d);
+  return n;
+}
+
+void dead_peers_leave_nothing(const std::string& kind) {
+  Cluster cluster(1);
+  auto settle = [&](int64_t lanes) {
+    for (int i = 0; i < 500 && cluster.servers[0]->engines()[0]->load() != lanes; ++i) std::this_thread::sleep_for(std::chrono::milliseconds(2));
+    CHECK(cluster.servers[0]->engines()[0]->load() == lanes);
+  };
+  cluster.connect(0, kind)->kill();
+  settle(0);
+  const int before = open_descriptors();
+  for (int i = 0; i < 1000; ++i) {
+    const auto lane = cluster.connect(0, kind);
+    // Posts and vanishes without waiting for the answer, every other time.
+    if (i % 2 == 0) {
+      LookupClient client(5, make_routes(1), 0, false);
+      client.attach(0, lane);
+      Looker looker(unsigned(i) + 1);
+      looker.look(client, 3, 1);
+    }
+    lane->kill();
+    if (i % 20 == 19) settle(0);
+  }
+  settle(0);
+  CHECK(open_descriptors() <= before);
+}
+
+int raw_connection(const Cluster& cluster) {
+  const int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+  sockaddr_in to{};
+  to.sin_family = AF_INET;
+  to.sin_port = htons(uint16_t(cluster.ports[0]));
+  inet_pton(AF_INET, "127.0.0.1", &to.sin_addr);
+  CHECK(connect(fd, reinterpret_cast<sockaddr*>(&to), sizeof to) == 0);
+  return fd;
+}
+
+// Whatever strangers send, the lane next to them goes on.
+void hostile_bytes_on_the_tcp_port_hurt_nobody() {
+  Cluster cluster(1);
+  LookupClient client(5, make_routes(1), 5, false);
+  client.attach(0, cluster.connect(0, "tcp"));
+  Looker looker(1);
+  std::mt19937_64 rng(3);
+  for (int i = 0; i < 200; ++i) {
+    const int fd = raw_connection(cluster);
+    std::vector<uint64_t> noise(size_t(rng() % 64));
+    for (auto& n : noise) n = rng();
+    if (i % 3 == 0) {
+      Hello hello;  // well-formed, token unknown
+      CHECK(send(fd, &hello, sizeof hello, MSG_NOSIGNAL) == ssize_t(sizeof hello));
+    }
+    if (i % 3 == 1) {
+      // An admitted lane that then lies: valid handshake, hostile request headers.
+      const std::string token = fresh_token();
+      cluster.servers[0]->expect(token, "tcp", {4, 1 << 16, 1 << 18}, 5);
+      Hello hello;
+      std::memcpy(hello.token, token.data(), token.size());
+      CHECK(send(fd, &hello, sizeof hello, MSG_NOSIGNAL) == ssize_t(sizeof hello));
+      RequestHeader header;
+      header.frame_bytes = i % 2 ? ~0ull : 1ull << 40;
+      header.slot = uint32_t(rng());
+      header.feature_count = uint32_t(rng());
+      header.value_count = rng();
+      send(fd, &header, sizeof header, MSG_NOSIGNAL);
+    }
+    if (!noise.empty()) send(fd, noise.data(), noise.size() * 8, MSG_NOSIGNAL);
+    close(fd);
+    if (i % 10 == 0) CHECK(looker.look(client, 7).status == Status::ok && looker.right(7));
+  }
+  CHECK(looker.look(client, 7).status == Status::ok && looker.right(7));
+}
+
+// A peer may write anything into the memory it shares, at any time.
+void hostile_writes_to_shared_memory_hurt_nobody() {
+  Cluster cluster(1);
+  LookupClient client(5, make_routes(1), 5, false);
+  client.attach(0, cluster.connect(0, "shm"));
+  Looker looker(1);
+  std::mt19937_64 rng(5);
+  for (int i = 0; i < 300; ++i) {
+    const auto lane = cluster.connect(0, "shm");
+    std::byte* header = lane->request(0) - kShmHeaderBytes;
+    auto* memory = reinterpret_cast<std::atomic<uint64_t>*>(lane->request(0));
+    for (size_t w = 0; w < 64; ++w) memory[w].store(i % 2 ? rng() : rng() % 9, std::memory_order_relaxed);
+    if (i % 4 == 0) {
+      RequestHeader good;
+      good.frame_bytes = 1 << 16;
+      good.epoch = 5;
+      good.budget_ns = 1'000'000'000;
+      good.batch = uint32_t(rng() % 5);
+      good.feature_count = uint32_t(rng() % 9);
+      good.value_count = rng() % 9;
+      std::memcpy(lane->request(0), &good, sizeof good);
+    }
+    reinterpret_cast<std::atomic<uint64_t>*>(header)->fetch_or(i % 3 ? 1 : rng());
+    lane->acquire(now_ns() + 100'000);
+    if (i % 10 == 0) CHECK(looker.look(client, 7).status == Status::ok && looker.right(7));
+    lane->kill();
+  }
+  CHECK(looker.look(client, 7).status == Status::ok && looker.right(7));
+}
+
+// A reader that takes nothing is held to its slots; its neighbour on the same engine is served.
+void a_slow_reader_is_held_to_its_credits() {
+  Cluster cluster(1);
+  const std::string token = fresh_token();
+  cluster.servers[0]->expect(token, "tcp", {4, 1 << 16, 4 << 20}, 5);
+  Fd slow = dial_tcp("127.0.0.1", cluster.ports[0], now_ns() + 2'000'000'000);
+  const int small = 4096;
+  setsockopt(slow.get(), SOL_SOCKET, SO_RCVBUF, &small, sizeof small);
+  shake_hands(slow.get(), token, nullptr, 0, now_ns() + 2'000'000'000, "test");
+  // Batches of zero-length fixed bags: small requests with large answers.
+  const uint32_t batch = 8000;
+  const RequestLayout layout = request_layout(kFeatures, 0, 0, 0);
+  std::vector<std::byte> frame(layout.total);
+  RequestHeader header;
+  header.frame_bytes = layout.total;
+  header.epoch = 5;
+  header.budget_ns = 5'000'000'000;
+  header.batch = batch;
+  header.feature_count = kFeatures;
+  for (uint32_t f = 0; f < kFeatures; ++f) {
+    FeatureEntry entry;
+    entry.feature = f;
+    entry.fixed_length = 0;
+    std::memcpy(frame.data() + sizeof header + f * sizeof entry, &entry, sizeof entry);
+  }
+  for (uint32_t slot = 0; slot < 4; ++slot) {
+    header.slot = slot;
+    header.lookup_id = slot + 1;
+    std::memcpy(frame.data(), &header, sizeof header);
+    CHECK(send(slow.get(), frame.data(), frame.size(), MSG_NOSIGNAL) == ssize_t(frame.size()));
+  }
+  LookupClient client(5, make_routes(1), 5, false);
+  client.attach(0, cluster.connect(0, "tcp"));
+  Looker looker(1);
+  for (int i = 0; i < 200; ++i) CHECK(looker.look(client, 7).status == Status::ok && looker.right(7));
+  // Beyond its credits (the kernel's buffers may have freed a slot or two), without having read anything: the sidecar
+  // hangs up instead of growing.
+  bool gone = false;
+  header.slot = 0;
+  for (int i = 0; i < 1000 && !gone; ++i) {
+    header.lookup_id = uint64_t(i) + 9;
+    std::memcpy(frame.data(), &header, sizeof header);
+    send(slow.get(), frame.data(), frame.size(), MSG_NOSIGNAL | MSG_DONTWAIT);
+    std::this_thread::sleep_for(std::chrono::milliseconds(5));
+    gone = cluster.servers[0]->engines()[0]->load() == 1;
+  }
+  CHECK(gone);
+  CHECK(looker.look(client, 7).status == Status::ok && looker.right(7));
+}
+
+}  // namespace
+
+int main() {
+  std::vector<TestCase> tests;
+  for (const std::string kind : {"shm", "tcp"}) {
+    tests.push_back({kind + ": many threads share a lane", [kind] { many_threads_share_a_lane(kind); }});
+    tests.push_back({kind + ": lanes lost under load fail cleanly and come back", [kind] { lanes_lost_under_load_fail_cleanly_and_come_back(kind); }});
+    tests.push_back({kind + ": a closing sidecar releases its waiters", [kind] { a_closing_sidecar_releases_its_waiters(kind); }});
+    tests.push_back({kind + ": another epoch is refused", [kind] { another_epoch_is_refused(kind); }});
+    tests.push_back({kind + ": steady state allocates nothing", [kind] { steady_state_allocates_nothing(kind); }});
+    tests.push_back({kind + ": a thousand dead peers leave nothing", [kind] { dead_peers_leave_nothing(kind); }});
+  }
+  tests.push_back({"draining refuses new lookups", draining_refuses_new_lookups});
+  tests.push_back({"lost sidecars degrade to zeros where asked", lost_sidecars_degrade_to_zeros_where_asked});
+  tests.push_back({"hostile bytes on the tcp port hurt nobody", hostile_bytes_on_the_tcp_port_hurt_nobody});
+  tests.push_back({"hostile writes to shared memory hurt nobody", hostile_writes_to_shared_memory_hurt_nobody});
+  tests.push_back({"a slow reader is held to its credits", a_slow_reader_is_held_to_its_credits});
+  return run_tests(tests);
+}
