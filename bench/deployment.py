@@ -38,6 +38,7 @@ def deployed(
     *,
     directory: Path,
     work_dir: Path,
+    logs: Path | None = None,
     lane: str,
     sidecars: int = 2,
     step: Callable[[str], None] = lambda text: None,
@@ -45,7 +46,7 @@ def deployed(
     """Partition `model` into `directory` (replaced), start its sidecars and Triton; everything is stopped on the way out.
 
     The repository holds the models `DISAGGREGATED` and `MONOLITHIC` with the same configuration. `work_dir` keeps the
-    Triton installation and the logs; `step` is told what begins.
+    Triton installation and, unless `logs` is given, the logs; `step` is told what begins.
     """
     shutil.rmtree(directory, ignore_errors=True)
     step("partitioning")
@@ -58,14 +59,15 @@ def deployed(
         addresses=[f"127.0.0.1:{port}" for port in free_ports(sidecars)],
         triton=TritonOptions(lane=lane, torch_threads=dense_threads()),
     )
+    logs = logs or work_dir / "logs"
     repository = directory / "model_repository"
     write_monolith(model, config=repository / DISAGGREGATED / "config.pbtxt", repository=repository, name=MONOLITHIC)
     configs = sorted((directory / "sidecars").glob("*/sidecar.yaml"))
     with contextlib.ExitStack() as stack:
         step(f"starting {sidecars} sidecars")
-        started = stack.enter_context(running_sidecars(configs, work_dir=work_dir / "logs"))
+        started = stack.enter_context(running_sidecars(configs, work_dir=logs))
         step("starting Triton")
-        server = stack.enter_context(TritonServer(repository, work_dir=work_dir, log=work_dir / "logs" / "triton.log"))
+        server = stack.enter_context(TritonServer(repository, work_dir=work_dir, log=logs / "triton.log"))
         yield Deployment(server, report, started)
 
 

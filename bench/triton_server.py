@@ -114,7 +114,7 @@ class TritonServer:
         self._installation = install(work_dir / "triton")
         self._arguments = list(arguments)
         self._ready_timeout_s = ready_timeout_s
-        self._prefix = f"sidepool_{os.getpid()}_{next(_serial)}_"
+        self.shm_prefix = f"sidepool_{os.getpid()}_{next(_serial)}_"
         self._process: subprocess.Popen[bytes] | None = None
         self.http_port, self.grpc_port, self.metrics_port = free_ports(3)
 
@@ -170,7 +170,7 @@ class TritonServer:
             finally:
                 _kill_group(process.pid)
                 process.wait()
-        for region in SHM.glob(f"{self._prefix}*"):
+        for region in SHM.glob(f"{self.shm_prefix}*"):
             region.unlink(missing_ok=True)
 
     def get_json(self, path: str) -> Any:
@@ -201,7 +201,7 @@ class TritonServer:
             str(self._installation.executable),
             f"--model-repository={self.repository}",
             f"--backend-directory={self._installation.backends}",
-            f"--backend-config=python,shm-region-prefix-name={self._prefix}",
+            f"--backend-config=python,shm-region-prefix-name={self.shm_prefix}",
             *addresses,
             f"--http-port={self.http_port}",
             f"--grpc-port={self.grpc_port}",
