@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -132,10 +133,8 @@ def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
 
 
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
-    def dynamic(value: Any) -> Any:
-        return pytree.tree_map(lambda _: {0: Dim.DYNAMIC}, value)
-
-    shapes = tuple(dynamic(a) for a in args) if not kwargs else {k: dynamic(v) for k, v in kwargs.items()}
+    bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+    shapes = {name: pytree.tree_map(lambda _: {0: Dim.DYNAMIC}, value) for name, value in bound.items()}
     try:
         with quiet_torch():
             program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)

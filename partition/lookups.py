@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -252,7 +253,6 @@ def _source_name(lookup: Lookup) -> str:
     if source.root.op != "placeholder":
         return lookup.table
     name = str(source.root.target)
-    value = source.root.meta["val"]
-    if value.dim() == 1 or source.end - source.begin == value.shape[1]:
+    if source.end - source.begin == math.prod(int(n) for n in source.root.meta["val"].shape[1:]):
         return name
     return f"{name}.{source.begin}" if source.end - source.begin == 1 else f"{name}.{source.begin}-{source.end - 1}"

@@ -55,14 +55,13 @@ def partition_model(
     if not _MODEL_NAME.fullmatch(name):
         raise PlanError(f"name: found {name!r}; allowed: letters, digits, '_', '.', '-', not beginning with '.' or '-'")
     rows_as = _row_format(row_format)
-    addresses = _addresses(addresses, sidecars)
     check_out_dir(out)
     captured = capture(model, example_inputs)
     cut = cut_programs(captured, find_lookups(captured))
     error = verify_cut(captured, cut)
     names = feature_names(cut.lookups)
     ids = {feature: _ids_per_bag(captured, lookup) for feature, lookup in zip(names, cut.lookups, strict=True)}
-    plan = _plan(name, cut, names, ids, addresses, rows_as, epoch)
+    plan = _plan(name, cut, names, ids, sidecars, addresses, rows_as, epoch)
     spec = _spec(name, captured, cut, names)
     programs = {DENSE_FILE: program_bytes(cut.dense)}
     if cut.index is not None:
@@ -88,7 +87,14 @@ def _addresses(found: Sequence[str] | None, sidecars: int) -> Sequence[str]:
 
 
 def _plan(
-    name: str, cut: Cut, names: Sequence[str], ids: Mapping[str, float], addresses: Sequence[str], row_format: RowFormat, epoch: int
+    name: str,
+    cut: Cut,
+    names: Sequence[str],
+    ids: Mapping[str, float],
+    sidecars: int,
+    addresses: Sequence[str] | None,
+    row_format: RowFormat,
+    epoch: int,
 ) -> Plan:
     weights: dict[str, Tensor] = {}
     loads: dict[str, float] = {}
@@ -98,7 +104,7 @@ def _plan(
         loads[lookup.table] = loads.get(lookup.table, 0.0) + ids[feature] + 1.0
     tables = [{"name": n, "rows": w.shape[0], "dim": w.shape[1], "row_format": str(row_format)} for n, w in weights.items()]
     sized = [decode(t, Table, where=f"table {t['name']}", error=PlanError) for t in tables]
-    owners = place_tables(sized, loads, len(addresses))
+    owners = place_tables(sized, loads, sidecars)
     features = [
         {
             "name": f,
@@ -114,7 +120,7 @@ def _plan(
             "model": name,
             "tables": tables,
             "features": features,
-            "sidecars": [{"name": f"sidecar-{i}", "address": a} for i, a in enumerate(addresses)],
+            "sidecars": [{"name": f"sidecar-{i}", "address": a} for i, a in enumerate(_addresses(addresses, sidecars))],
             "shards": [
                 {"table": t.name, "sidecar": f"sidecar-{owner}", "rows": [0, t.rows], "columns": [0, t.dim]}
                 for t, owner in zip(sized, owners, strict=True)

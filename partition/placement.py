@@ -15,9 +15,7 @@ def place_tables(tables: Sequence[Table], loads: Mapping[str, float], sidecars: 
     of all loads.
     Every sidecar gets at least one table. Raises `PlanError` if there are fewer tables than sidecars, or none wanted.
     """
-    if sidecars < 1:
-        raise PlanError(f"sidecars: found {sidecars}; allowed: 1 to {len(tables)} (the number of tables)")
-    if sidecars > len(tables):
+    if not 1 <= sidecars <= len(tables):
         raise PlanError(f"sidecars: found {sidecars}; allowed: 1 to {len(tables)}, since each holds at least one whole table")
     all_bytes = sum(t.bytes for t in tables)
     all_loads = sum(loads.values()) or 1.0

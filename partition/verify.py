@@ -66,9 +66,7 @@ def _compare(captured: Captured, found: object, expected: tuple[Tensor, ...], wh
     outputs = (found,) if isinstance(found, Tensor) else found
     for name, ours, theirs in zip(captured.output_names, outputs, expected, strict=True):  # type: ignore[call-overload]
         if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=RELATIVE, atol=ABSOLUTE, equal_nan=True):
-            raise CutError(
-                f"output {name}: {what}\nremedy: make samples independent of each other, and forward deterministic"
-            )
+            raise CutError(f"output {name}: {what}\nremedy: make samples independent of each other, and forward deterministic")
         if theirs.numel():
             worst = max(worst, float((ours.double() - theirs.double()).abs().nan_to_num().max()))
     return worst

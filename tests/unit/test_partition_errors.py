@@ -1,0 +1,233 @@
+"""What cannot be partitioned is refused with what was found, what is allowed, and nothing is left behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sidepool.partition import partition_model
+from sidepool.partition.placement import place_tables
+from sidepool.wire.errors import CutError, PlanError
+from sidepool.wire.plan import Table
+
+
+class Small(nn.Module):
+    """One table of 10 rows over `ids [B]`; `forward` is what a test makes of it."""
+
+    table: Any
+    top: Any
+    seen: Tensor
+
+    def __init__(self, body: Callable[..., Any] | None = None, table: nn.Module | None = None) -> None:
+        super().__init__()
+        self.table = table or nn.Embedding(10, 4)
+        self.top = nn.Linear(4, 1)
+        self.register_buffer("seen", torch.zeros(()))
+        self._body = body
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self._body(self, *inputs) if self._body else self.top(self.table(inputs[0]))
+
+
+IDS = torch.tensor([1, 2, 3])
+VALUES, OFFSETS = torch.tensor([1, 2, 3, 4, 5]), torch.tensor([0, 1, 3])
+
+
+def refused(tmp_path: Path, model: Any, example: Any, match: str, error: type[Exception] = CutError, **options: Any) -> None:
+    with pytest.raises(error, match=match):
+        partition_model(model, example, tmp_path / "out", **dict[str, Any](name="m", sidecars=1) | options)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("example", "match"),
+    [
+        (7, "example inputs: found int; allowed: a tensor, a tuple"),
+        ((), "example inputs: found none"),
+        ((IDS, 3), "tensor 1: found 3; allowed: tensors only"),
+        ((torch.tensor(1),), r"tensor 0: found shape \[\]; allowed: a first dimension of at least 2"),
+        ((IDS[:1],), r"tensor 0: found shape \[1\]; allowed: a first dimension of at least 2"),
+        ((IDS.to(torch.int8),), "tensor 0: found dtype torch.int8; allowed: float32"),
+        ((IDS.float(),), "the model itself refuses them: RuntimeError"),
+        ((torch.tensor([1, 99]),), "the model itself refuses them: IndexError"),
+    ],
+)
+def test_wrong_example_inputs_are_named(tmp_path: Path, example: Any, match: str) -> None:
+    refused(tmp_path, Small(), example, match)
+
+
+@pytest.mark.parametrize(
+    ("name", "match"), [("", "name: found ''"), ("a/b", "name: found 'a/b'"), (".x", "name: found '.x'; allowed: letters")]
+)
+def test_a_name_that_is_no_directory_name_is_refused(tmp_path: Path, name: str, match: str) -> None:
+    refused(tmp_path, Small(), IDS, match, PlanError, name=name)
+
+
+def test_what_is_no_module_is_refused(tmp_path: Path) -> None:
+    refused(tmp_path, print, IDS, "model: found builtin_function_or_method; allowed: a torch.nn.Module")
+
+
+def test_a_model_without_lookups_is_refused(tmp_path: Path) -> None:
+    refused(tmp_path, nn.Linear(3, 1), torch.randn(2, 3), "found 0 embedding operators")
+
+
+def test_ids_from_another_lookup_are_refused_with_their_source_line(tmp_path: Path) -> None:
+    model = Small(lambda self, ids: self.top(self.table(self.table(ids).argmax(1))))
+    refused(tmp_path, model, IDS, r"(?s)depend on the lookup embedding \(File .*test_partition_errors.*remedy: ")
+
+
+def test_ids_from_a_dense_layer_are_refused(tmp_path: Path) -> None:
+    model = Small(lambda self, x: self.top(self.table((self.top(x).squeeze(1) > 0).long())))
+    refused(tmp_path, model, torch.randn(3, 4), r"depend on the parameter top\.(weight|bias)")
+
+
+def test_a_table_that_something_else_reads_is_refused(tmp_path: Path) -> None:
+    model = Small(lambda self, ids: self.table(ids) @ self.table.weight.T)
+    refused(tmp_path, model, IDS, "table table.weight: also read by .*test_partition_errors")
+
+
+def test_a_table_of_another_dtype_is_refused(tmp_path: Path) -> None:
+    refused(tmp_path, Small().double(), IDS, r"(?s)table table.weight: found torch.float64.*remedy: partition model.float")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_table_that_holds_no_number_is_refused_and_nothing_is_left(tmp_path: Path, value: float) -> None:
+    model = Small()
+    with torch.no_grad():
+        model.table.weight[7, 2] = value
+    refused(tmp_path, model, IDS, "table table: row 7 holds NaN or infinity as fp32")
+
+
+def test_rows_too_large_for_half_precision_are_refused(tmp_path: Path) -> None:
+    model = Small()
+    with torch.no_grad():
+        model.table.weight[3, 0] = 1e6
+    refused(tmp_path, model, IDS, "table table: row 3 holds NaN or infinity as fp16", row_format="fp16")
+
+
+def test_a_model_that_mixes_samples_is_refused(tmp_path: Path) -> None:
+    model = Small(lambda self, ids: self.top(self.table(ids)).softmax(0))
+    refused(tmp_path, model, IDS, "output score: the first sample alone scores differently: the model mixes the samples")
+
+
+def test_a_model_that_is_not_deterministic_is_refused(tmp_path: Path) -> None:
+    model = Small(lambda self, ids: self.top(self.table(ids)) + torch.rand(ids.shape[0], 1))
+    refused(tmp_path, model, IDS, "the partitioned model differs from the original")
+
+
+def test_a_model_that_writes_in_forward_is_refused(tmp_path: Path) -> None:
+    def count(self: Small, ids: Tensor) -> Any:
+        self.seen.add_(1)
+        return self.top(self.table(ids))
+
+    refused(tmp_path, Small(count), IDS, "writes to 'seen' in forward")
+
+
+def test_control_flow_over_data_is_refused(tmp_path: Path) -> None:
+    model = Small(lambda self, ids: self.top(self.table(ids)) if ids.sum() > 3 else self.top(self.table(ids)) * 2)
+    refused(tmp_path, model, IDS, r"(?s)torch.export cannot capture it with a varying batch.*remedy: no data-dependent")
+
+
+def test_a_batch_fixed_in_the_code_is_refused(tmp_path: Path) -> None:
+    refused(
+        tmp_path, Small(lambda self, ids: self.top(self.table(ids)).reshape(3, 1)), IDS, "cannot capture it with a varying batch"
+    )
+
+
+@pytest.mark.parametrize(
+    ("body", "match"),
+    [
+        (lambda self, ids: self.top(self.table(ids)).sum(), r"output score: found shape \[\]; allowed: the batch"),
+        (lambda self, ids: {"a": self.top(self.table(ids)), "b": 3}, "returns dict; allowed: a tensor, or a tuple or dict"),
+        (lambda self, ids: self.top(self.table(ids)).to(torch.int16), "output score: found dtype torch.int16"),
+    ],
+)
+def test_outputs_that_triton_cannot_batch_are_refused(tmp_path: Path, body: Any, match: str) -> None:
+    refused(tmp_path, Small(body), IDS, match)
+
+
+def test_arithmetic_on_jagged_ids_is_refused_with_a_remedy(tmp_path: Path) -> None:
+    model = Small(lambda self, v, o: self.top(self.table(v % 10, o)), nn.EmbeddingBag(10, 4, mode="sum"))
+    refused(tmp_path, model, (VALUES, OFFSETS), r"(?s)found values computed by remainder.*remedy: apply the arithmetic before")
+
+
+def test_jagged_ids_that_the_dense_half_reads_are_refused(tmp_path: Path) -> None:
+    model = Small(lambda self, v, o: self.top(self.table(v, o)) + o.unsqueeze(1), nn.EmbeddingBag(10, 4, mode="sum"))
+    refused(tmp_path, model, (VALUES, OFFSETS), "dense program: needs 'inputs_1', the ids of a jagged feature")
+
+
+def test_padding_is_taken_where_it_means_zeros_and_refused_elsewhere(tmp_path: Path) -> None:
+    padded = nn.EmbeddingBag(10, 4, mode="sum", padding_idx=2)
+    model = Small(table=padded).eval()
+    report = partition_model(model, (IDS.unsqueeze(1).repeat(1, 2),), tmp_path / "padded", name="m", sidecars=1)
+    assert report.max_abs_error < 1e-6
+    refused_path = tmp_path / "refused"
+    refused_path.mkdir()
+    with torch.no_grad():
+        padded.weight[2] = 1.0
+    refused(refused_path, model, IDS.unsqueeze(1), r"(?s)found padding_idx 2 of table.weight with mode sum.*remedy: ")
+    mean = nn.EmbeddingBag(10, 4, mode="mean", padding_idx=2)
+    refused(refused_path, Small(table=mean), IDS.unsqueeze(1), "found padding_idx 2 of table.weight with mode mean")
+
+
+def test_renormalised_tables_are_refused(tmp_path: Path) -> None:
+    refused(tmp_path, Small(table=nn.Embedding(10, 4, max_norm=0.1)), IDS, "writes to 'table.weight' in forward|cannot capture")
+
+
+@pytest.mark.parametrize("sidecars", [0, 2, -1])
+def test_more_sidecars_than_tables_are_refused(tmp_path: Path, sidecars: int) -> None:
+    refused(tmp_path, Small(), IDS, f"sidecars: found {sidecars}; allowed: 1 to 1", PlanError, sidecars=sidecars)
+
+
+@pytest.mark.parametrize(
+    ("addresses", "match"),
+    [
+        (["127.0.0.1:1", "127.0.0.1:2"], "allowed: 1 different addresses"),
+        (["nowhere"], "sidecars.0.address: found 'nowhere'; allowed: "),
+    ],
+)
+def test_wrong_addresses_are_refused(tmp_path: Path, addresses: list[str], match: str) -> None:
+    refused(tmp_path, Small(), IDS, match, PlanError, addresses=addresses)
+
+
+def test_a_wrong_row_format_is_refused(tmp_path: Path) -> None:
+    refused(tmp_path, Small(), IDS, "row_format: found 'int8'; allowed: fp32, fp16", PlanError, row_format="int8")
+
+
+def test_an_output_directory_that_holds_something_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("precious")
+    with pytest.raises(CutError, match=r"(?s)out: found .*which is not empty.*remedy: remove it"):
+        partition_model(Small(), IDS, tmp_path, name="m", sidecars=1)
+    with pytest.raises(CutError, match="which is not empty"):
+        partition_model(Small(), IDS, tmp_path / "mine.txt", name="m", sidecars=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+    assert (tmp_path / "mine.txt").read_text() == "precious"
+
+
+def test_an_empty_output_directory_is_used(tmp_path: Path) -> None:
+    partition_model(Small(), IDS, tmp_path / "new" / "deep", name="m", sidecars=1)
+    (tmp_path / "empty").mkdir()
+    partition_model(Small(), IDS, tmp_path / "empty", name="m", sidecars=1)
+    assert (tmp_path / "empty" / "plan.yaml").is_file()
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_tables_are_placed_by_bytes_and_by_work() -> None:
+    def table(name: str, rows: int) -> Table:
+        return Table(name=name, rows=rows, dim=4)
+
+    same = [table(str(i), 100) for i in range(8)]
+    owners = place_tables(same, {t.name: 1.0 for t in same}, 4)
+    assert sorted(owners) == [0, 0, 1, 1, 2, 2, 3, 3]
+    # One table holds nearly all bytes, another does nearly all the work: they part, and the rest is shared out.
+    mixed = [table("big", 10_000), table("busy", 100), *(table(f"t{i}", 100) for i in range(6))]
+    loads = {t.name: 1.0 for t in mixed} | {"busy": 100.0}
+    owners = place_tables(mixed, loads, 2)
+    assert owners[0] != owners[1]
+    assert place_tables(mixed, loads, 2) == owners
+    assert set(place_tables(mixed, loads, 8)) == set(range(8))
