@@ -142,6 +142,7 @@ void Engine::poll_sockets(int timeout_ms) {
       epoll_event event{EPOLLIN, {&owned}};
       epoll_ctl(epoll_.get(), EPOLL_CTL_MOD, owned.lane->fd(), &event);
       owned.writing = false;
+      counters_.writing.add(-1);
     }
   }
 }
@@ -244,6 +245,7 @@ void Engine::answer(const Work& work) {
     epoll_event event{EPOLLIN | EPOLLOUT, {work.owner}};
     epoll_ctl(epoll_.get(), EPOLL_CTL_MOD, lane.fd(), &event);
     work.owner->writing = true;
+    counters_.writing.add();
     lane.counters().credit_waits.add();
   }
 }
@@ -264,6 +266,7 @@ void Engine::drop_dead() {
       counters_.lanes.set(int64_t(lanes_.size()));
     }
     stream_lanes_ -= !gone->lane->polled();
+    if (gone->writing) counters_.writing.add(-1);
     gone.reset();  // closed before it stops counting
     load_.fetch_sub(1, std::memory_order_relaxed);
   }

@@ -35,6 +35,7 @@ constexpr size_t kStatusCount = 10;
 
 struct EngineCounters {
   Counter lanes, queued, served, shed, busy_ns;
+  Counter writing;  // lanes with response bytes that their socket has not taken yet
   Counter statuses[kStatusCount];
   Histogram queue, pool;
 };
@@ -54,7 +55,8 @@ class Engine {
   const EngineCounters& counters() const { return counters_; }
   // Lanes adopted and not yet dropped: what placement goes by.
   int64_t load() const { return load_.load(std::memory_order_relaxed); }
-  int64_t in_flight() const { return counters_.queued.get(); }
+  // Subrequests not served yet, and lanes whose responses are not out yet: a drain must wait for both.
+  int64_t in_flight() const { return counters_.queued.get() + counters_.writing.get(); }
 
   // A table's counters, summed by the caller over engines; sized at the first publication with more tables.
   void read_tables(std::vector<std::array<int64_t, 4>>& sums) const;

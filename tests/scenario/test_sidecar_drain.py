@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import signal
 import socket
 import threading
@@ -11,13 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from sidecar_process import PATIENCE_S, ready
+from sidecar_process import PATIENCE_S, RunningSidecar, ready
 from small_artifact import SmallArtifact, write_small_artifact
 
 from sidepool.client.embedding import EmbeddingClient
 from sidepool.client.lanes import Lane
 from sidepool.wire import control_pb2
 from sidepool.wire.errors import PlanError, SidepoolError
+from sidepool.wire.plan import Plan
 
 MIB = 1 << 20
 LANES: list[Lane] = ["shm", "tcp", "grpc"]
@@ -26,6 +29,13 @@ LANES: list[Lane] = ["shm", "tcp", "grpc"]
 def free_address() -> str:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         return f"127.0.0.1:{probe.getsockname()[1]}"
+
+
+def engine_counters(sidecar: RunningSidecar) -> dict[str, int]:
+    """The first engine's counters now."""
+    reply = sidecar.control.Stats(control_pb2.StatsRequest(), timeout=PATIENCE_S)
+    counters: dict[str, int] = json.loads(reply.json)["stats"]["engines"][0]
+    return counters
 
 
 class Caller(threading.Thread):
@@ -77,26 +87,66 @@ def test_a_drain_under_load_refuses_only_as_retryable(tmp_path: Path, lane: Lane
         assert caller.error.retryable, caller.error
 
 
-def test_a_lookup_in_flight_when_the_process_is_asked_to_stop_is_answered(tmp_path: Path) -> None:
+@pytest.mark.parametrize("lane", ["shm", "tcp"])
+def test_lookups_in_flight_when_the_process_is_asked_to_stop_are_answered(tmp_path: Path, lane: Lane) -> None:
     artifact = write_small_artifact(tmp_path, address=free_address())
-    # One large frame per lookup: long enough in the sidecar to be seen there.
-    artifact.write_config(listen={"grpc": artifact.plan.sidecars[0].address}, slots=1, request_slot_bytes=96 * MIB)
-    ids = np.random.default_rng(1).integers(0, 50, 4_000_000)
-    with ready(artifact.config) as (sidecar, _), EmbeddingClient.connect(artifact.plan, lane="tcp") as client:
-        caller = Caller(client, ids, 40_000, artifact)
-        caller.start()
-        while caller.is_alive():
-            started = caller.started
-            stats = json.loads(sidecar.control.Stats(control_pb2.StatsRequest(), timeout=PATIENCE_S).json)["stats"]
-            if any(engine["queued"] + engine["in_flight"] > 0 for engine in stats["engines"]):
-                break
+    # Large frames both ways: lookups are seen queueing in the sidecar, and responses do not fit a socket at once.
+    artifact.write_config(listen={"grpc": artifact.plan.sidecars[0].address}, slots=4, request_slot_bytes=32 * MIB)
+    ids = np.random.default_rng(1).integers(0, 50, 1_500_000)
+    with ready(artifact.config) as (sidecar, _), EmbeddingClient.connect(artifact.plan, lane=lane) as client:
+        callers = [Caller(client, ids, 150_000, artifact) for _ in range(4)]
+        for caller in callers:
+            caller.start()
+        seen = 0
+        while seen < 2 and all(caller.is_alive() for caller in callers):
+            started = sum(caller.started for caller in callers)
+            seen = engine_counters(sidecar)["in_flight"]
         sidecar.send(signal.SIGTERM)
-        caller.join(PATIENCE_S)
+        for caller in callers:
+            caller.join(PATIENCE_S)
         assert sidecar.wait() == 0
-    assert caller.wrong == 0
-    assert caller.right >= started >= 1
-    assert caller.error is not None
-    assert caller.error.retryable
+    assert [caller.wrong for caller in callers] == [0] * 4
+    # Of what had been started, only what had not reached the sidecar yet may have been refused.
+    assert sum(caller.right for caller in callers) >= started - (4 - seen)
+    assert all(caller.error is not None and caller.error.retryable for caller in callers)
+
+
+def look_up_once(plan: Plan, ids: NDArray[np.int64], lengths: NDArray[np.int32], out: Path) -> None:
+    """A ranker in a process of its own, so that it can be stopped while a response is on its way."""
+    with EmbeddingClient.connect(plan, lane="tcp") as client:
+        np.save(out, client.lookup(ids, lengths, deadline_ms=1000 * PATIENCE_S).out)
+
+
+def test_a_response_that_a_slow_ranker_has_not_taken_yet_is_in_flight(tmp_path: Path) -> None:
+    artifact = write_small_artifact(tmp_path, address=free_address())
+    address = artifact.plan.sidecars[0].address
+    artifact.write_config(listen={"grpc": address}, slots=1, request_slot_bytes=32 * MIB, response_slot_bytes=64 * MIB)
+    bags = 1_000_000  # a response of 48 MB, far above what sockets hold
+    ids = np.concatenate([np.arange(bags, dtype=np.int64) % 50, np.arange(bags, dtype=np.int64) % 30])
+    out = tmp_path / "pooled.npy"
+    ranker = multiprocessing.get_context("spawn").Process(
+        target=look_up_once, args=(artifact.plan, ids, np.ones((2, bags), np.int32), out)
+    )
+    with ready(artifact.config) as (sidecar, _):
+        ranker.start()
+        try:
+            while engine_counters(sidecar)["in_flight"] == 0 and ranker.is_alive():
+                threading.Event().wait(0.0005)
+            assert ranker.pid is not None
+            os.kill(ranker.pid, signal.SIGSTOP)
+            while engine_counters(sidecar)["served"] == 0:
+                threading.Event().wait(0.001)
+            assert engine_counters(sidecar)["in_flight"] == 1
+            sidecar.send(signal.SIGTERM)
+            sidecar.wait_for("asked to stop")
+            os.kill(ranker.pid, signal.SIGCONT)
+            ranker.join(PATIENCE_S)
+            assert sidecar.wait() == 0
+        finally:
+            ranker.kill()
+            ranker.join()
+    expected = np.concatenate([artifact.rows["users"][ids[:bags]], artifact.rows["items"][ids[bags:]].astype(np.float32)], axis=1)
+    np.testing.assert_array_equal(np.load(out), expected)
 
 
 def test_a_reload_under_load_answers_under_one_epoch_or_says_which_one_it_serves(tmp_path: Path) -> None:
