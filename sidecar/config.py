@@ -53,6 +53,8 @@ def _check_socket_path(text: str) -> str:
 
 
 Endpoint = Annotated[str, AfterValidator(_check_endpoint)]
+# Slots are mapped, so they are whole pages; below 64 KiB frames would be mostly header, above 1 GiB a length is a mistake.
+SlotBytes = Annotated[int, Field(ge=64 * KIB, le=GIB, multiple_of=4096)]
 SocketPath = Annotated[str, AfterValidator(_check_socket_path)]
 
 
@@ -111,10 +113,10 @@ class SidecarConfig(_Documented):
     slots: Annotated[int, Field(ge=1, le=64)] = 16
     """Credits per lane: frames in flight between one ranker and this sidecar. Rankers may ask for fewer. 16 keeps a core busy
     at the round-trip times of one data centre; more only lengthens the queue. At most 64: one bit each in a machine word."""
-    request_slot_bytes: Annotated[int, Field(ge=64 * KIB, le=GIB)] = 2 * MIB
-    """Bytes of one request slot: the largest request frame. 2 MiB holds 250,000 ids; rankers cut larger lookups into chunks."""
-    response_slot_bytes: Annotated[int, Field(ge=64 * KIB, le=GIB)] = 8 * MIB
-    """Bytes of one response slot. 8 MiB holds 13 pooled features of dim 128 for 1,200 samples."""
+    request_slot_bytes: SlotBytes = 2 * MIB
+    """Bytes of one request slot, whole pages: the largest request frame. 2 MiB holds 250,000 ids; rankers cut larger lookups into chunks."""
+    response_slot_bytes: SlotBytes = 8 * MIB
+    """Bytes of one response slot, whole pages. 8 MiB holds 13 pooled features of dim 128 for 1,200 samples."""
     max_lanes: Annotated[int, Field(ge=1, le=65_536)] = 256
     """Lanes open at once; a further one is refused as retryable. Bounds memory to
     max_lanes * slots * request_slot_bytes (touched only as used)."""

@@ -68,13 +68,14 @@ class SidecarCollector(Collector):
         if published is None:
             return
         plan, held = published.plan, published.tables
-        # A scrape may fall between a publication and its counters: indices beyond this plan belong to another one.
-        rows = [(plan.tables[t["table"]].name, t) for t in stats["tables"] if t["table"] < len(plan.tables)]
+        ours = plan.sidecar_index[self._serving.name]
+        tables = [table if holder == ours else None for table, holder in zip(plan.tables, plan.sidecar_of_table, strict=True)]
+        counted = {entry["table"]: entry for entry in stats["tables"]}
+        # A scrape may fall between a publication and the engines' taking notice: a table without counters yet is left out.
+        rows = [(table.name, counted[i]) for i, table in enumerate(tables) if table is not None and i in counted]
         for name, (key, text) in _TABLE_COUNTERS.items():
             yield _counter(name, text, {(table,): t[key] for table, t in rows}, ["table"])
-        ours = plan.sidecar_index[self._serving.name]
-        holders = zip(plan.tables, plan.sidecar_of_table, strict=True)
-        sizes: dict[Label, float] = {(table.name,): table.bytes for table, holder in holders if holder == ours}
+        sizes: dict[Label, float] = {(table.name,): table.bytes for table in tables if table is not None}
         yield _gauge("table_bytes", "Row bytes of the table", sizes, ["table"])
         yield _gauge("resident_bytes", "Row bytes held", {(): held.bytes}, [])
         yield _gauge("huge_page_bytes", "Row bytes held in huge-page memory", {(): held.huge_bytes}, [])

@@ -263,6 +263,7 @@ void Engine::drop_dead() {
       gone = std::move(lanes_[i]);
       lanes_[i] = std::move(lanes_.back());
       lanes_.pop_back();
+      dropped_[gone->lane->kind()].add(gone->lane->counters());
       counters_.lanes.set(int64_t(lanes_.size()));
     }
     stream_lanes_ -= !gone->lane->polled();
@@ -293,9 +294,10 @@ void Engine::read_tables(std::vector<std::array<int64_t, 4>>& sums) const {
   for (size_t i = 0; i < table_count_; ++i) table_counters_[i].add_to(sums[i]);
 }
 
-void Engine::read_lanes(const std::function<void(const char*, LaneCounters&)>& visit) const {
+void Engine::read_lanes(const std::function<void(const std::string&, bool, const LaneCounters&)>& visit) const {
   std::lock_guard roster(roster_mutex_);
-  for (const auto& owned : lanes_) visit(owned->lane->kind(), owned->lane->counters());
+  for (const auto& owned : lanes_) visit(owned->lane->kind(), true, owned->lane->counters());
+  for (const auto& [kind, sums] : dropped_) visit(kind, false, sums);
 }
 
 }  // namespace sidepool

@@ -6,8 +6,10 @@
 #pragma once
 #include <atomic>
 #include <functional>
+#include <map>
 #include <memory>
 #include <mutex>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -60,8 +62,8 @@ class Engine {
 
   // A table's counters, summed by the caller over engines; sized at the first publication with more tables.
   void read_tables(std::vector<std::array<int64_t, 4>>& sums) const;
-  // Visit the counters of live lanes.
-  void read_lanes(const std::function<void(const char* kind, LaneCounters& counters)>& visit) const;
+  // Visit the counters of live lanes, then (`live` false) the sums over dropped lanes of each kind.
+  void read_lanes(const std::function<void(const std::string& kind, bool live, const LaneCounters& counters)>& visit) const;
 
  private:
   struct Owned {
@@ -102,6 +104,7 @@ class Engine {
 
   mutable std::mutex roster_mutex_;  // lanes_ for read_lanes; the engine takes it only to add or drop a lane
   std::vector<std::unique_ptr<Owned>> lanes_;
+  std::map<std::string, LaneCounters> dropped_;  // by kind, under roster_mutex_: totals must not fall when a lane goes
   std::atomic<int64_t> load_{0};
 
   int stream_lanes_ = 0;  // lanes that only their socket can announce

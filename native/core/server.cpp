@@ -330,10 +330,18 @@ void SidecarServer::close() {
 
 std::vector<LaneStats> SidecarServer::lane_stats() const {
   std::vector<LaneStats> all;
+  std::map<std::string, LaneCounters> dropped;
+  const auto push = [&](const std::string& kind, int engine, const LaneCounters& c) {
+    all.push_back({kind, engine, c.received.get(), c.sent.get(), c.request_bytes.get(), c.response_bytes.get(), c.credit_waits.get()});
+  };
   for (size_t e = 0; e < engines_.size(); ++e)
-    engines_[e]->read_lanes([&](const char* kind, LaneCounters& c) {
-      all.push_back({kind, int(e), c.received.get(), c.sent.get(), c.request_bytes.get(), c.response_bytes.get(), c.credit_waits.get()});
+    engines_[e]->read_lanes([&](const std::string& kind, bool live, const LaneCounters& c) {
+      if (live)
+        push(kind, int(e), c);
+      else
+        dropped[kind].add(c);
     });
+  for (const auto& [kind, sums] : dropped) push(kind, -1, sums);
   return all;
 }
 

@@ -15,7 +15,7 @@ namespace sidepool {
 
 struct LaneStats {
   std::string kind;
-  int engine;
+  int engine;  // -1: the sum over lanes that have gone
   int64_t received, sent, request_bytes, response_bytes, credit_waits;
 };
 

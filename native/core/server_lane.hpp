@@ -18,6 +18,13 @@ struct LaneLimits {
 
 struct LaneCounters {
   Counter received, sent, request_bytes, response_bytes, credit_waits;
+  void add(const LaneCounters& other) {
+    received.add(other.received.get());
+    sent.add(other.sent.get());
+    request_bytes.add(other.request_bytes.get());
+    response_bytes.add(other.response_bytes.get());
+    credit_waits.add(other.credit_waits.get());
+  }
 };
 
 class ServerLane : public ResponseSink {

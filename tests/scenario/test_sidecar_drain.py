@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +110,30 @@ def test_lookups_in_flight_when_the_process_is_asked_to_stop_are_answered(tmp_pa
     # Of what had been started, only what had not reached the sidecar yet may have been refused.
     assert sum(caller.right for caller in callers) >= started - (4 - seen)
     assert all(caller.error is not None and caller.error.retryable for caller in callers)
+
+
+@pytest.mark.parametrize("lane", LANES)
+def test_what_a_lane_has_counted_stays_counted_when_it_closes(tmp_path: Path, lane: Lane) -> None:
+    artifact = write_small_artifact(tmp_path, address=free_address())
+    with ready(artifact.config) as (sidecar, _):
+
+        def lane_counters() -> tuple[int, int, int]:
+            reply = json.loads(sidecar.control.Stats(control_pb2.StatsRequest(), timeout=PATIENCE_S).json)
+            lanes = [counted for counted in reply["stats"]["lanes"] if counted["kind"] == lane]
+            live = sum(counted["engine"] >= 0 for counted in lanes)
+            return live, sum(counted["received"] for counted in lanes), sum(counted["sent"] for counted in lanes)
+
+        live_at_most = 0 if lane == "grpc" else 1  # the grpc lane is calls, which no engine owns
+        for rounds in (1, 2):
+            with EmbeddingClient.connect(artifact.plan, lane=lane) as client:
+                client.lookup(np.zeros(2, np.int64), np.ones((2, 1), np.int32))
+                live, received, sent = lane_counters()
+                assert (live, received) == (live_at_most, rounds)
+                assert sent >= rounds
+            deadline = time.monotonic() + PATIENCE_S
+            while lane_counters()[0] > 0 and time.monotonic() < deadline:
+                threading.Event().wait(0.001)
+            assert lane_counters()[:2] == (0, rounds)
 
 
 def look_up_once(plan: Plan, ids: NDArray[np.int64], lengths: NDArray[np.int32], out: Path) -> None:
