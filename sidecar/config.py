@@ -114,15 +114,16 @@ class SidecarConfig(_Documented):
     """Credits per lane: frames in flight between one ranker and this sidecar. Rankers may ask for fewer. 16 keeps a core busy
     at the round-trip times of one data centre; more only lengthens the queue. At most 64: one bit each in a machine word."""
     request_slot_bytes: SlotBytes = 2 * MIB
-    """Bytes of one request slot, whole pages: the largest request frame. 2 MiB holds 250,000 ids; rankers cut larger lookups into chunks."""
+    """Bytes of one request slot, whole pages: the largest request frame.
+    2 MiB holds 250,000 ids; rankers cut larger lookups into chunks."""
     response_slot_bytes: SlotBytes = 8 * MIB
     """Bytes of one response slot, whole pages. 8 MiB holds 13 pooled features of dim 128 for 1,200 samples."""
     max_lanes: Annotated[int, Field(ge=1, le=65_536)] = 256
     """Lanes open at once; a further one is refused as retryable. Bounds memory to
     max_lanes * slots * request_slot_bytes (touched only as used)."""
     verify: bool = True
-    """Compare every shard's CRC-32C with the manifest before serving. Reads each byte once; costs about a second per 5 GB once
-    the files are in the page cache. false starts at once and finds bad bytes never."""
+    """Compare every shard's CRC-32C with the manifest before serving. Reads each byte once: about a second per 10 GB and
+    core when the files are cached, else as fast as the disk reads. false starts at once and finds bad bytes never."""
     promote: bool = True
     """Copy the mapped tables into huge pages in the background while serving: random rows then cost one TLB miss less. Needs
     the tables' bytes of memory beside the page cache; false where that is not there."""

@@ -69,7 +69,7 @@ def test_lanes_and_metrics_are_switched_off_with_null() -> None:
         ({"engines": 257}, r"engines: found 257; allowed: less than or equal to 256"),
         ({"version": 2}, r"version: found 2"),
         ({"drain_timeout_s": 0}, r"drain_timeout_s: found 0; allowed: greater than 0"),
-        ({"request_slot_bytes": 1000}, r"request_slot_bytes: found 1000; allowed: greater than or equal to 65536"),
+        ({"request_slot_bytes": 4096}, r"request_slot_bytes: found 4096; allowed: greater than or equal to 65536"),
         ({"response_slot_bytes": 65537}, r"response_slot_bytes: found 65537; allowed: a multiple of 4096"),
         ({"slots": 65}, r"slots: found 65; allowed: less than or equal to 64"),
         ({"log_level": "loud"}, r"log_level: found 'loud'; allowed: 'debug', 'info', 'warning' or 'error'"),
