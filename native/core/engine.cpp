@@ -54,7 +54,6 @@ void Engine::adopt(std::unique_ptr<ServerLane> lane) {
     std::lock_guard lock(mail_mutex_);
     mail_.push_back(std::move(lane));
   }
-  load_.fetch_add(1, std::memory_order_relaxed);
   eventfd_write(doorbell_.get(), 1);
 }
 

@@ -47,7 +47,10 @@ class Engine {
   Engine(Published& published, uint32_t spin_us);
   ~Engine();
 
-  // Hand a lane to this engine. Thread-safe.
+  // Count a lane that is about to be adopted; every reserve is followed by an adopt or a release. Thread-safe.
+  void reserve() { load_.fetch_add(1, std::memory_order_relaxed); }
+  void release() { load_.fetch_sub(1, std::memory_order_relaxed); }
+  // Hand a reserved lane to this engine. Thread-safe.
   void adopt(std::unique_ptr<ServerLane> lane);
   // Finish nothing more, drop all lanes, join. Idempotent.
   void stop();
@@ -55,7 +58,7 @@ class Engine {
   int page_fd() const { return page_fd_.get(); }   // the engine page, for shm peers (sealed against their writes)
   int doorbell_fd() const { return doorbell_.get(); }
   const EngineCounters& counters() const { return counters_; }
-  // Lanes adopted and not yet dropped: what placement goes by.
+  // Lanes reserved or adopted, and not yet dropped: what placement goes by.
   int64_t load() const { return load_.load(std::memory_order_relaxed); }
   // Subrequests not served yet, and lanes whose responses are not out yet: a drain must wait for both.
   int64_t in_flight() const { return counters_.queued.get() + counters_.writing.get(); }

@@ -31,7 +31,7 @@ Status parse_request(const std::byte* frame, size_t bytes, ParsedRequest& out) {
   const size_t features = header.feature_count;
   if (sizeof(RequestHeader) + features * sizeof(FeatureEntry) > header.frame_bytes) return Status::frame;
   out.entries.resize(features);
-  std::memcpy(out.entries.data(), frame + sizeof(RequestHeader), features * sizeof(FeatureEntry));
+  if (features > 0) std::memcpy(out.entries.data(), frame + sizeof(RequestHeader), features * sizeof(FeatureEntry));
 
   uint64_t values = 0, jagged = 0, weights = 0;
   for (const FeatureEntry& entry : out.entries) {

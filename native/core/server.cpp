@@ -217,22 +217,31 @@ void SidecarServer::admit(Handshake& handshake, const Ticket& ticket) {
     send_fds(fd, ack, nullptr, 0);
     return;
   }
+  // Counted before the peer hears of it: once it has the acknowledgement the lane exists.
+  Engine& engine = least_loaded();
+  engine.reserve();
+  bool adopted = false;
   try {
-    Engine& engine = least_loaded();
     epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, fd, nullptr);
     if (handshake.local) {
       ShmRegion region = make_shm_region(ticket.limits);
       const int fds[3] = {region.memfd.get(), engine.page_fd(), engine.doorbell_fd()};
-      if (!send_fds(fd, ack, fds, 3)) return;
-      region.memfd.reset();
-      engine.adopt(make_shm_server_lane(ticket.limits, std::move(handshake.socket), std::move(region)));
+      if (send_fds(fd, ack, fds, 3)) {
+        region.memfd.reset();
+        engine.adopt(make_shm_server_lane(ticket.limits, std::move(handshake.socket), std::move(region)));
+        adopted = true;
+      }
     } else {
       auto lane = make_tcp_server_lane(ticket.limits, std::move(handshake.socket));
-      if (send_fds(fd, ack, nullptr, 0)) engine.adopt(std::move(lane));
+      if (send_fds(fd, ack, nullptr, 0)) {
+        engine.adopt(std::move(lane));
+        adopted = true;
+      }
     }
   } catch (const std::exception&) {
     // Out of memory or descriptors: the socket closes with the handshake, the peer sees a refused lane.
   }
+  if (!adopted) engine.release();
 }
 
 Engine& SidecarServer::least_loaded() {
