@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -66,6 +67,11 @@ def capture(model: nn.Module, example_inputs: Any) -> Captured:
         raise CutError(f"model: found {type(model).__name__}; allowed: a torch.nn.Module")
     args, kwargs = _arguments(example_inputs)
     examples = tuple(_checked_examples((args, kwargs)))
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if tensor.device.type != "cpu":
+            raise CutError(
+                f"model: {name} lies on {tensor.device}; allowed: cpu\nremedy: partition model.cpu(), with example inputs there"
+            )
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -117,6 +123,8 @@ def _checked_examples(arguments: Any) -> Iterator[Tensor]:
         where = f"example inputs: tensor {position}"
         if not isinstance(leaf, Tensor):
             raise CutError(f"{where}: found {leaf!r}; allowed: tensors only (fix constants inside the model)")
+        if leaf.device.type != "cpu":
+            raise CutError(f"{where}: lies on {leaf.device}; allowed: cpu")
         if leaf.dtype not in DTYPES:
             raise CutError(f"{where}: found dtype {leaf.dtype}; allowed: {', '.join(DTYPES.values())}")
         # Export treats sizes 0 and 1 as constants, so an example of size 1 would fix the batch.

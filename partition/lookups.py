@@ -40,9 +40,9 @@ class Jagged:
     include_last_offset: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Lookup:
-    """One embedding operator of the graph: one feature of the plan."""
+    """One embedding operator of the graph: one feature of the plan. Equal only to itself."""
 
     node: fx.Node
     """The operator."""

@@ -72,6 +72,11 @@ def test_what_is_no_module_is_refused(tmp_path: Path) -> None:
     refused(tmp_path, print, IDS, "model: found builtin_function_or_method; allowed: a torch.nn.Module")
 
 
+def test_tensors_on_another_device_are_refused(tmp_path: Path) -> None:
+    refused(tmp_path, Small().to("meta"), IDS, "model: table.weight lies on meta; allowed: cpu")
+    refused(tmp_path, Small(), IDS.to("meta"), "tensor 0: lies on meta; allowed: cpu")
+
+
 def test_a_model_without_lookups_is_refused(tmp_path: Path) -> None:
     refused(tmp_path, nn.Linear(3, 1), torch.randn(2, 3), "found 0 embedding operators")
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from sidepool.bench.models.dlrm import MLPERF_BAG_IDS, multi_hot, single_id, table_rows
+from sidepool.client import Pipeline
 from sidepool.partition import PartitionReport, partition_model
 from sidepool.wire.plan import Pooling
 
@@ -29,18 +30,20 @@ def partition_and_compare(
     oracle = ArtifactOracle(tmp_path / "out")
     assert oracle.plan == report.plan
     assert oracle.model == report.model
+    with Pipeline.open(tmp_path / "out") as pipeline:
+        compare(model, make, lambda inputs: oracle(*pytree.tree_leaves(inputs)))
+        compare(model, make, lambda inputs: pytree.tree_leaves(pipeline(*inputs)))
+    return report, oracle
+
+
+def compare(model: nn.Module, make: Callable[[int], tuple[Any, ...]], run: Callable[[tuple[Any, ...]], list[Tensor]]) -> None:
+    """Compare the model with what `run` makes of the same inputs."""
     for batch in (1, 2, 7):
         inputs = make(batch)
         with torch.no_grad():
-            expected = model(*inputs)
-        expected = (
-            [expected] if isinstance(expected, Tensor) else list(expected.values() if isinstance(expected, dict) else expected)
-        )
-        found = oracle(*pytree.tree_leaves(inputs))
-        assert len(found) == len(expected)
-        for ours, theirs in zip(found, expected, strict=True):
+            expected = pytree.tree_leaves(model(*inputs))
+        for ours, theirs in zip(run(inputs), expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=TOLERANCE)
-    return report, oracle
 
 
 def ids(rows: int, *shape: int) -> Tensor:
