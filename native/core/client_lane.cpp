@@ -27,6 +27,7 @@ int ClientLane::acquire(uint64_t deadline_ns) {
   for (bool waited = false;;) {
     if (dead()) return -2;
     if (const int slot = try_acquire(); slot >= 0) return slot;
+    collect();
     reclaim();
     if (const int slot = try_acquire(); slot >= 0) return slot;
     if (now_ns() >= deadline_ns) return -1;

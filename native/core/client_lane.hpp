@@ -52,6 +52,9 @@ class ClientLane {
   virtual int fd() const { return -1; }
   virtual void on_hangup() { kill(); }
 
+  // Take in what has arrived, without waiting: answers to abandoned slots have no waiter who would.
+  virtual void collect() {}
+
   struct Counters {
     std::atomic<int64_t> sent{0}, received{0}, request_bytes{0}, response_bytes{0}, credit_waits{0};
   };

@@ -49,8 +49,10 @@ class TcpClientLane final : public ClientLane {
     return memory_.data() + limits_.slots * limits_.request_bytes + slot * limits_.response_bytes;
   }
 
-  void on_hangup() override {
-    // Whoever reads will come to the end by itself; if nobody does, read what is left now.
+  void on_hangup() override { collect(); }
+
+  void collect() override {
+    // Whoever reads reads for everybody and comes to the end by itself; if nobody does, read what is there now.
     if (reading_.exchange(true, std::memory_order_seq_cst)) return;
     while (!dead() && receive_some()) {
     }
