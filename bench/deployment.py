@@ -39,7 +39,7 @@ def deployed(
     directory: Path,
     work_dir: Path,
     logs: Path | None = None,
-    lane: str,
+    lane: str = "shm",
     sidecars: int = 2,
     step: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Deployment]:

@@ -6,7 +6,6 @@ Arrays are views into memory that Triton takes back when `execute` returns.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 from sidepool.client.arguments import MAX_DEADLINE_MS, Part
 from sidepool.client.index_program import FeatureRouter
 from sidepool.wire.errors import DeadlineExceeded, LookupRejected
-from sidepool.wire.model import JaggedSource, ModelSpec
+from sidepool.wire.model import FixedSource, JaggedSource, ModelSpec
 
 # What the generated config.pbtxt calls the ids of jagged features.
 LENGTHS, VALUES, WEIGHTS = "sparse.lengths", "sparse.values", "sparse.weights"
@@ -56,6 +55,7 @@ class Reader:
         # Per input as Triton gives it: shape after the dimension that counts samples, and dtype.
         self._expected = {t.name: (t.shape[1:], np.dtype(t.dtype)) for t in model.inputs if t.name not in replaced}
         self._dense_inputs = model.dense.inputs
+        self._id_matrix = _only_id_matrix(model)
 
     def read(self, position: int, request: Any) -> Incoming:
         """Check one request; raises `LookupRejected` naming the tensor, or `DeadlineExceeded` for a budget that is spent."""
@@ -65,13 +65,14 @@ class Reader:
         if self.jagged:
             lengths, values, weights = self._ids(given)
             samples = _samples({**arrays, LENGTHS: lengths.T})
+            part: Part
             if self._whole:
-                part: Part = (values, lengths.reshape(-1), weights)
+                part = (values, lengths.reshape(-1), weights)
             else:
                 part = self._router.route(arrays | self._split(lengths, values, weights))
         else:
             samples = _samples(arrays)
-            part = self._router.route(arrays)
+            part = (arrays[self._id_matrix], None, None) if self._id_matrix else self._router.route(arrays)
         return Incoming(position, part, {name: arrays[name] for name in self._dense_inputs}, samples, budget_ns, traceparent)
 
     def _array(self, name: str, given: dict[str, Any]) -> NDArray[Any]:
@@ -149,6 +150,13 @@ def _budget_ns(deadline_ms: Any) -> int:
     return max(1, int(budget_ms * 1e6))
 
 
+def _only_id_matrix(model: ModelSpec) -> str | None:
+    """The input that is the whole lookup as it stands, an int64 matrix that all ids come from, or None."""
+    names = {f.source.input if isinstance(f.source, FixedSource) else None for f in model.features}
+    found = [t.name for t in model.inputs if names == {t.name} and t.dtype == "int64" and len(t.shape) == 2]
+    return found[0] if found and model.index is None else None
+
+
 def _samples(arrays: dict[str, NDArray[Any]]) -> int:
     """How many samples all inputs hold."""
     sizes = {len(array) for array in arrays.values()}
@@ -158,8 +166,10 @@ def _samples(arrays: dict[str, NDArray[Any]]) -> int:
     return sizes.pop()
 
 
-def _fits(shape: Sequence[int], allowed: Sequence[int]) -> bool:
-    return len(shape) == len(allowed) and all(want in (-1, size) for want, size in zip(allowed, shape, strict=True))
+def _fits(shape: tuple[int, ...], allowed: tuple[int, ...]) -> bool:
+    return shape == allowed or (
+        len(shape) == len(allowed) and all(want in (-1, size) for want, size in zip(allowed, shape, strict=True))
+    )
 
 
 def _numpy(name: str, given: dict[str, Any], jagged: bool) -> NDArray[Any]:
