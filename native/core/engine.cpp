@@ -279,10 +279,9 @@ bool Engine::anything_pending() const {
 }
 
 void Engine::sleep() {
-  // A ranker first publishes its bit, then reads `sleeping`; we first set `sleeping`, then read the bits. With both in
-  // one total order, either we see the bit or the ranker rings.
+  // A ranker first publishes its bit, then reads `sleeping`; we first set `sleeping`, then read the bits. All four
+  // accesses are in one total order: either we see the bit or the ranker rings.
   page_->sleeping.store(1, std::memory_order_seq_cst);
-  std::atomic_thread_fence(std::memory_order_seq_cst);
   poll_sockets(anything_pending() ? 0 : -1);
   page_->sleeping.store(0, std::memory_order_relaxed);
 }
