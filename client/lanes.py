@@ -98,6 +98,24 @@ class LaneOptions:
         return [plan.sidecar_of_table[plan.table_index[f.table]] for f in plan.features]
 
 
+class _Outage:
+    """One sidecar's absence: when to try next, and what has been said about it."""
+
+    def __init__(self) -> None:
+        self.attempts = 0
+        self.due = 0.0
+        self._said: type[SidepoolError] | None = None
+
+    def add(self, fault: SidepoolError) -> None:
+        """Count a failed attempt; log the first of its kind. A wrong plan will not cure itself, so that is an error."""
+        self.attempts += 1
+        self.due = time.monotonic() + retry_delay_s(self.attempts)
+        if type(fault) is not self._said:
+            self._said = type(fault)
+            level = logging.ERROR if isinstance(fault, PlanError) else logging.WARNING
+            _log.log(level, "%s; trying again in the background", fault)
+
+
 class Lanes:
     """Keeps one lane per sidecar attached to a native client. `connect` and `close` are called by its owner, once."""
 
@@ -137,34 +155,24 @@ class Lanes:
             lane.close()
 
     def _supervise(self) -> None:
-        attempts: dict[int, int] = {}
-        due: dict[int, float] = {}
+        outages: dict[int, _Outage] = {}
         while not self._stop.is_set():
             down = [s for s in range(len(self._peers)) if not self._native.lane_alive(s)]
             if not down:
                 self._native.wait_lane_lost(WATCH_S)
                 continue
             for sidecar in down:
-                if time.monotonic() < due.get(sidecar, 0.0) or self._stop.is_set():
+                outage = outages.setdefault(sidecar, _Outage())
+                if time.monotonic() < outage.due or self._stop.is_set():
                     continue
                 fault = self._try_attach(sidecar, RETRY_TIMEOUT_S)
-                self._report(sidecar, fault, attempts.get(sidecar, 0))
-                if fault is None:
-                    attempts.pop(sidecar, None)
-                    due.pop(sidecar, None)
+                if fault is not None:
+                    outage.add(fault)
                     continue
-                tries = attempts[sidecar] = attempts.get(sidecar, 0) + 1
-                due[sidecar] = time.monotonic() + retry_delay_s(tries)
-            waits = [due[s] - time.monotonic() for s in down if s in due]
-            self._stop.wait(max(min(waits), 0.0) if waits else 0.0)
-
-    def _report(self, sidecar: int, fault: SidepoolError | None, failures: int) -> None:
-        """Log the first failure of an outage and its end; a wrong plan will not cure itself, so that is an error."""
-        if fault is None:
-            _log.info("%s: connected again after %d failed attempts", self._peers[sidecar], failures)
-        elif failures == 0:
-            level = logging.ERROR if isinstance(fault, PlanError) else logging.WARNING
-            _log.log(level, "%s; trying again in the background", fault)
+                _log.info("%s: connected again after %d failed attempts", self._peers[sidecar], outage.attempts)
+                del outages[sidecar]
+            if outages:
+                self._stop.wait(max(min(outage.due for outage in outages.values()) - time.monotonic(), 0.0))
 
     def _try_attach(self, sidecar: int, timeout_s: float) -> SidepoolError | None:
         fault: SidepoolError | None = None
