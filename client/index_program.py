@@ -114,8 +114,6 @@ def _integers(inputs: Mapping[str, NDArray[Any]], name: str) -> NDArray[np.int64
 def _id_matrix(inputs: Mapping[str, NDArray[Any]], name: str, width: int) -> NDArray[np.int64]:
     """`[batch, at least width]`; further dimensions are laid out row by row, `[batch]` is one column."""
     ids = _integers(inputs, name)
-    if ids.ndim == 0:
-        raise LookupRejected(f"{name}: found a single number; allowed: int64 [batch, {width}]")
     columns = int(np.prod(ids.shape[1:], dtype=np.int64))
     if columns < width:
         raise LookupRejected(f"{name}: found {columns} columns (shape {list(ids.shape)}); allowed: at least {width}")

@@ -1,0 +1,86 @@
+"""A partitioned model in one process gives the original model's outputs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sidepool.client import Pipeline
+from sidepool.partition import partition_model
+from sidepool.wire.errors import ConfigError, LookupRejected
+
+
+class Fixed(torch.nn.Module):
+    """Three single-id columns and a history of four, hashed first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tables = torch.nn.ModuleList(torch.nn.Embedding(20 + i, 8) for i in range(3))
+        self.history = torch.nn.Embedding(50, 8)
+        self.top = torch.nn.Linear(3 + 4 * 8, 1)
+
+    def forward(self, dense: torch.Tensor, ids: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+        columns = [table(ids[:, i]) for i, table in enumerate(self.tables)]
+        history = self.history((seen * 7 + 3) % 50).mean(1)
+        return torch.sigmoid(self.top(torch.cat([dense, *columns, history], 1)))
+
+
+class Jagged(torch.nn.Module):
+    """Bags of any length, given as lists of values and offsets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bags = torch.nn.ModuleList(torch.nn.EmbeddingBag(30, 4, mode="sum") for _ in range(2))
+        self.top = torch.nn.Linear(3 + 2 * 4, 1)
+
+    def forward(self, dense: torch.Tensor, values: list[torch.Tensor], offsets: list[torch.Tensor]) -> torch.Tensor:
+        pooled = [bag(v, o) for bag, v, o in zip(self.bags, values, offsets, strict=True)]
+        return torch.sigmoid(self.top(torch.cat([dense, *pooled], 1)))
+
+
+def fixed_inputs(batch: int) -> tuple[Any, ...]:
+    return torch.randn(batch, 3), torch.randint(0, 20, (batch, 3)), torch.randint(0, 10_000, (batch, 4))
+
+
+def jagged_inputs(batch: int) -> tuple[Any, ...]:
+    lengths = torch.randint(0, 4, (2, batch))
+    offsets = [row.cumsum(0) - row for row in lengths]
+    return torch.randn(batch, 3), [torch.randint(0, 30, (int(row.sum()),)) for row in lengths], offsets
+
+
+@pytest.mark.parametrize(("kind", "inputs"), [(Fixed, fixed_inputs), (Jagged, jagged_inputs)])
+def test_a_pipeline_scores_like_the_model_it_was_cut_from(tmp_path: Path, kind: type[torch.nn.Module], inputs: Any) -> None:
+    torch.manual_seed(0)
+    model = kind().eval()
+    partition_model(model, inputs(4), tmp_path / "artifact", name="small")
+    with Pipeline.open(tmp_path / "artifact") as pipeline, torch.no_grad():
+        for batch in (1, 2, 33):
+            given = inputs(batch)
+            found = pipeline(*given)
+            assert isinstance(found, torch.Tensor)
+            torch.testing.assert_close(found, model(*given), rtol=0, atol=1e-5)
+
+
+def test_a_pipeline_names_wrong_inputs_and_goes_on(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Fixed().eval()
+    partition_model(model, fixed_inputs(4), tmp_path / "artifact", name="small")
+    dense, ids, seen = fixed_inputs(3)
+    with Pipeline.open(tmp_path / "artifact") as pipeline, torch.no_grad():
+        with pytest.raises(LookupRejected, match="inputs: found 2 tensors; allowed: dense, ids, seen"):
+            pipeline(dense, ids)
+        with pytest.raises(LookupRejected, match=r"dense: found float64 \[3, 3\]; allowed: float32 \[-1, 3\]"):
+            pipeline(dense.double(), ids, seen)
+        with pytest.raises(LookupRejected, match=r"bag 2: id 999 is outside its table; allowed: 0 to 20"):
+            pipeline(dense, torch.tensor([[0, 0, 0], [0, 0, 0], [0, 999, 0]]), seen)
+        with pytest.raises(LookupRejected, match=r"batch: found|do not fit"):
+            pipeline(dense, ids[:2], seen)
+        torch.testing.assert_close(pipeline(dense, ids, seen), model(dense, ids, seen), rtol=0, atol=1e-5)
+
+
+def test_a_folder_that_is_no_artifact_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"found model\.yaml in \[\]; allowed: an artifact"):
+        Pipeline.open(tmp_path)
