@@ -7,6 +7,7 @@ import importlib
 
 # name -> (module, one line for --help)
 BENCHES = {
+    "lane": ("sidepool.bench.lane", "what a lane adds to pooling, beside grpcio and bare ping-pongs of the same bytes"),
     "serve": ("sidepool.bench.serve", "latency and throughput through Triton, beside the monolithic model"),
 }
 
