@@ -32,7 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="control plane of a sidecar, once per sidecar in order (default: 127.0.0.1, ports from 50151)",
     )
     parser.add_argument(
-        "--lane", choices=("auto", "shm", "tcp", "grpc"), default="shm", help="how the ranker reaches the sidecars (default: shm)"
+        "--lane",
+        choices=("shm", "tcp", "grpc", "local", "auto"),
+        default="shm",
+        help="how the ranker reaches the tables; local: it maps them itself, without sidecars (default: shm)",
     )
     parser.add_argument(
         "--max-batch",

@@ -28,6 +28,8 @@ from sidepool.wire.plan import Plan, Pooling, RowFormat, Table, validate_plan
 DENSE_FILE, INDEX_FILE = "dense.pt2", "index.pt2"
 # The port that a sidecar takes by default, and the next ones for further sidecars on the same machine.
 FIRST_PORT = 50151
+# What a bag costs beside reading its rows, in rows: its vector is written by the sidecar, then read and written by the merge.
+BAG_LOAD = 3.0
 _MODEL_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,255}")
 
 
@@ -100,8 +102,7 @@ def _plan(
     loads: dict[str, float] = {}
     for feature, lookup in zip(names, cut.lookups, strict=True):
         weights.setdefault(lookup.table, lookup.weight)
-        # A bag costs its rows, and about one row more for the pooled vector that is written and sent.
-        loads[lookup.table] = loads.get(lookup.table, 0.0) + ids[feature] + 1.0
+        loads[lookup.table] = loads.get(lookup.table, 0.0) + ids[feature] + BAG_LOAD
     tables = [{"name": n, "rows": w.shape[0], "dim": w.shape[1], "row_format": str(row_format)} for n, w in weights.items()]
     sized = [decode(t, Table, where=f"table {t['name']}", error=PlanError) for t in tables]
     owners = place_tables(sized, loads, sidecars)

@@ -133,6 +133,15 @@ def test_options_reach_the_configuration(jagged: PartitionReport) -> None:
         assert expected in text
 
 
+def test_the_local_lane_says_where_the_shards_lie(jagged: PartitionReport) -> None:
+    text = config_text(jagged.model, TritonOptions(lane="local"))
+    found = re.search(r'key: "shards" value { string_value: "([^"]+)" }', text)
+    assert found
+    version = jagged.out_dir / "model_repository" / "dlrm" / "1"
+    assert (version / found[1]).resolve() == (jagged.out_dir / "sidecars").resolve()
+    assert '"shards"' not in config_text(jagged.model, TritonOptions())
+
+
 def test_weights_and_single_columns_have_their_triton_shape() -> None:
     model = ModelSpec(
         name="m",
