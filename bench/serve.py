@@ -99,7 +99,7 @@ def measure_shapes(address: str, shapes: list[Shape], *, rounds: int, console: C
 
 def make_console() -> Console:
     """A console as wide as the terminal, or wide enough for the tables where there is none."""
-    return Console(width=None if sys.stdout.isatty() else 132, highlight=False)
+    return Console(width=None if sys.stdout.isatty() else 132, highlight=False, markup=False)
 
 
 def print_comparison(console: Console, results: Mapping[str, Mapping[str, Measured]]) -> None:

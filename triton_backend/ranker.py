@@ -23,7 +23,7 @@ from sidepool.wire.plan import load_plan
 # scoring several samples. Only requests that cost several milliseconds are worth it.
 SAMPLES_WORTH_ASKING = 256
 # Buffers grow by doubling from here, so that steady traffic allocates nothing.
-FIRST_BUFFER_ROWS = 256
+FIRST_BUFFER_ROWS = 512
 # Batch sizes whose views are kept; more than a server sees in steady traffic, and under a megabyte.
 MAX_VIEWS = 1024
 
@@ -44,7 +44,8 @@ class Ranker:
         self._dense = DenseGraph(model, settings.artifact, device=settings.device, threads=parameters.torch_threads or None)
         self._outputs = model.outputs
         self._width = plan.out_dim
-        self._pooled = self._dense.host_buffer(FIRST_BUFFER_ROWS, self._width)
+        # Zeroed, so that no request pays for the first touch of its pages.
+        self._pooled = self._dense.host_buffer(FIRST_BUFFER_ROWS, self._width).zero_()
         # One pair of views per batch size seen: making them costs 10 µs, most of what one sample's tensors cost.
         self._views: dict[int, tuple[Any, NDArray[np.float32]]] = {}
         self._client = EmbeddingClient.connect(
@@ -171,7 +172,7 @@ class Ranker:
             if len(self._views) == MAX_VIEWS:
                 self._views.clear()
             if samples > len(self._pooled):
-                self._pooled = self._dense.host_buffer(1 << (samples - 1).bit_length(), self._width)
+                self._pooled = self._dense.host_buffer(1 << (samples - 1).bit_length(), self._width).zero_()
                 self._views.clear()
             rows = self._pooled[:samples]
             views = self._views[samples] = (rows, rows.numpy())
