@@ -73,6 +73,15 @@ def assert_answers(client: EmbeddingClient, world: World) -> None:
     np.testing.assert_allclose(ask(client, bags).out, expected(world.plan, world.rows, bags)[0], rtol=1e-5, atol=1e-5)
 
 
+def wait_until_stopped(pid: int) -> None:
+    """Until every thread of the process has taken its SIGSTOP."""
+    tasks = Path(f"/proc/{pid}/task")
+    deadline = time.monotonic() + 10
+    while any((task / "stat").read_text().rpartition(")")[2].split()[0] not in "Tt" for task in tasks.iterdir()):
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
 def seconds_until_it_answers(client: EmbeddingClient, world: World) -> float:
     """How long lookups go on failing, each as retryable; what they then give is checked."""
     begin, answered = time.monotonic(), False
@@ -124,6 +133,7 @@ def test_a_frozen_sidecar_costs_the_budget_and_no_more(world: World, plan: Plan,
         assert_answers(client, world)
         right.send(signal.SIGSTOP)
         try:
+            wait_until_stopped(right.process.pid)
             bags = random_bags(world.plan, 4, seed=1)
             begin = time.monotonic()
             with pytest.raises(DeadlineExceeded, match=r"sidecar 'right'.*budget ran out"):
