@@ -19,9 +19,10 @@ from sidepool.wire.errors import DeadlineExceeded, LookupRejected, SidepoolError
 from sidepool.wire.model import MODEL_FILE, PLAN_FILE, TensorSpec, load_model
 from sidepool.wire.plan import load_plan
 
-# Asking Triton whether a request was cancelled is a message to the server process and back, about 50 µs: as much as
-# scoring several samples. Only requests that cost several milliseconds are worth it.
-SAMPLES_WORTH_ASKING = 256
+# Asking Triton whether a request was cancelled is a message to the server process and back: 50 µs on an idle machine,
+# milliseconds on a busy one. Triton itself drops requests that are cancelled while queued; only requests that cost tens
+# of milliseconds are worth another question.
+SAMPLES_WORTH_ASKING = 4096
 # Buffers grow by doubling from here, so that steady traffic allocates nothing.
 FIRST_BUFFER_ROWS = 512
 # Batch sizes whose views are kept; more than a server sees in steady traffic, and under a megabyte.

@@ -76,7 +76,7 @@ def test_an_expired_timeout_is_a_deadline_error(running: Served) -> None:
     running.check_serving()
 
 
-def test_a_cancelled_large_request_leaves_the_server_serving(running: Served) -> None:
+def test_cancelled_requests_leave_the_server_serving(running: Served) -> None:
     client = running.caller._client
     done: list[object] = []
     calls = [
