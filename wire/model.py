@@ -104,7 +104,10 @@ def load_model(path: Path, plan: Plan) -> ModelSpec:
     known = {t.name for t in model.inputs} | set(model.index.outputs if model.index else ())
     for i, feature in enumerate(model.features):
         source = feature.source
-        names = [source.input] if isinstance(source, FixedSource) else [source.values, source.offsets, *filter(None, [source.weights])]
+        if isinstance(source, FixedSource):
+            names = [source.input]
+        else:
+            names = [source.values, source.offsets, *filter(None, [source.weights])]
         for name in names:
             if name not in known:
                 raise PlanError(f"{path}: features.{i}.source: found {name!r}; allowed: {sorted(known)}")
