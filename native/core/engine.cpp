@@ -16,6 +16,23 @@ namespace {
 // than a typical subrequest (~20 µs), rarely enough that the ~0.5 µs system call does not show.
 constexpr uint64_t kSocketPollNs = 20'000;
 
+// Ask the scheduler for short slices: an engine works in bursts of microseconds and wants to begin at once when it wakes,
+// which is what a short slice means to Linux's EEVDF scheduler (6.12 and later: a woken thread with a shorter slice
+// preempts). 100 µs is the shortest it grants. Needs no privilege; older kernels ignore or refuse it, which changes nothing
+// but latency beside busy neighbours.
+void ask_for_short_slices() {
+  struct {
+    uint32_t size, policy;
+    uint64_t flags;
+    int32_t nice;
+    uint32_t priority;
+    uint64_t runtime, deadline, period;
+  } attributes{};
+  attributes.size = sizeof attributes;
+  attributes.runtime = 100'000;
+  syscall(SYS_sched_setattr, 0, &attributes, 0);
+}
+
 }  // namespace
 
 void Published::set(std::shared_ptr<const TableSet> tables) {
@@ -70,6 +87,7 @@ void Engine::stop() {
 }
 
 void Engine::run() {
+  ask_for_short_slices();
   uint64_t last_socket_poll = 0;
   uint64_t idle_since = now_ns();
   while (!stopping_.load(std::memory_order_acquire)) {
