@@ -9,14 +9,10 @@ namespace {
 constexpr size_t kSectionSlack = 4 * kAlign;
 
 // True if any id lies outside [0, rows). Sign bits only, so that it vectorises on any machine.
-bool any_outside(const int64_t* ids, int64_t count, int64_t stride, int64_t rows) {
+bool any_outside(const int64_t* ids, int64_t count, int64_t rows) {
   const uint64_t last = uint64_t(rows) - 1;
   uint64_t signs = 0;
-  if (stride == 1) {
-    for (int64_t i = 0; i < count; ++i) signs |= uint64_t(ids[i]) | (last - uint64_t(ids[i]));
-  } else {
-    for (int64_t i = 0; i < count; ++i) signs |= uint64_t(ids[i * stride]) | (last - uint64_t(ids[i * stride]));
-  }
+  for (int64_t i = 0; i < count; ++i) signs |= uint64_t(ids[i]) | (last - uint64_t(ids[i]));
   return signs >> 63;
 }
 
@@ -115,7 +111,7 @@ Fault RoutedLookup::check_jagged(size_t p) {
     const RoutedFeature& feature = routes_->features[f];
     const int64_t* ids = part.values + begin[f];
     const int64_t count = begin[f + 1] - begin[f];
-    if (feature.policy != OutOfRange::error || !any_outside(ids, count, 1, feature.rows)) continue;
+    if (feature.policy != OutOfRange::error || !any_outside(ids, count, feature.rows)) continue;
     int64_t at_bag = 0, bag = 0;
     for (int64_t i = 0; i < count; ++i) {
       while (i >= at_bag + part.lengths[int64_t(f) * batch + bag]) at_bag += part.lengths[int64_t(f) * batch + bag++];
@@ -128,13 +124,28 @@ Fault RoutedLookup::check_jagged(size_t p) {
 Fault RoutedLookup::check_fixed(size_t p) {
   const Part& part = parts_[p];
   if (part.fixed_width < routes_->max_fixed_column) return {Status::rejected, Reason::too_few_columns, -1, -1, part.fixed_width};
+  // Row by row, as the matrix lies in memory; column_last_ holds the last valid id of each column.
+  const size_t width = size_t(routes_->max_fixed_column);
+  column_last_.assign(width, INT64_MAX);
+  column_signs_.assign(width, 0);
+  for (const RoutedFeature& feature : routes_->features) {
+    if (feature.policy != OutOfRange::error) continue;
+    for (int32_t k = 0; k < feature.fixed_width; ++k) {
+      uint64_t& last = column_last_[size_t(feature.fixed_begin + k)];
+      last = std::min(last, uint64_t(feature.rows) - 1);
+    }
+  }
+  for (int64_t b = 0; b < part.fixed_batch; ++b) {
+    const int64_t* ids = part.values + b * part.fixed_width;
+    for (size_t c = 0; c < width; ++c) column_signs_[c] |= uint64_t(ids[c]) | (column_last_[c] - uint64_t(ids[c]));
+  }
   for (size_t f = 0; f < routes_->features.size(); ++f) {
     const RoutedFeature& feature = routes_->features[f];
     if (feature.policy != OutOfRange::error) continue;
     for (int32_t k = 0; k < feature.fixed_width; ++k) {
+      if (column_signs_[size_t(feature.fixed_begin + k)] >> 63 == 0) continue;
       const int64_t* ids = part.values + feature.fixed_begin + k;
-      if (!any_outside(ids, part.fixed_batch, part.fixed_width, feature.rows)) continue;
-      for (int64_t b = 0;; ++b)
+      for (int64_t b = 0; b < part.fixed_batch; ++b)
         if (outside(ids[b * part.fixed_width], feature.rows))
           return {Status::rejected, Reason::id_out_of_range, int32_t(f), b, ids[b * part.fixed_width]};
     }
@@ -258,48 +269,76 @@ RoutedLookup::Size RoutedLookup::measure(size_t chunk, int32_t s, std::vector<ui
 void RoutedLookup::encode(size_t chunk, int32_t s, const std::vector<uint64_t>& counts, const Size& size, std::byte* frame) {
   segments(chunk);
   const std::vector<int32_t>& mine = routes_->of_sidecar[size_t(s)];
-  const size_t features = routes_->features.size();
-  const bool jagged = size.layout.values != align_up(size.layout.lengths);
-  auto* entries = reinterpret_cast<FeatureEntry*>(frame + size.layout.entries);
-  auto* lengths = reinterpret_cast<int32_t*>(frame + size.layout.lengths);
-  auto* values = reinterpret_cast<int64_t*>(frame + size.layout.values);
-  auto* weights = reinterpret_cast<float*>(frame + size.layout.weights);
+  Sections to{reinterpret_cast<int32_t*>(frame + size.layout.lengths), reinterpret_cast<int64_t*>(frame + size.layout.values),
+              reinterpret_cast<float*>(frame + size.layout.weights)};
+  const bool jagged = size.layout.values != size.layout.lengths;
   for (size_t i = 0; i < mine.size(); ++i) {
-    const int32_t f = mine[i];
-    const RoutedFeature& feature = routes_->features[size_t(f)];
+    const RoutedFeature& feature = routes_->features[size_t(mine[i])];
     FeatureEntry entry;
-    entry.feature = uint32_t(f);
+    entry.feature = uint32_t(mine[i]);
     entry.flags = feature.weighted ? kWeightedEntry : 0;
     entry.fixed_length = jagged ? -1 : feature.fixed_width;
     entry.value_count = counts[i];
-    std::memcpy(entries + i, &entry, sizeof entry);
-    for (const Segment& g : segments_) {
-      const size_t p = live_[g.live].part;
-      const Part& part = parts_[p];
-      const int64_t n = g.end - g.begin;
-      if (part.lengths != nullptr) {
-        std::memcpy(lengths, part.lengths + int64_t(f) * batches_[p] + g.begin, size_t(n) * sizeof(int32_t));
-        lengths += n;
-        const int64_t count = int64_t(count_values(p, f, g.begin, g.end));
-        int64_t& cursor = cursor_[p * features + size_t(f)];
-        const int64_t from = value_begin_[p * (features + 1) + size_t(f)] + cursor;
-        cursor += count;
-        std::memcpy(values, part.values + from, size_t(count) * sizeof(int64_t));
-        values += count;
-        if (feature.weighted) {
-          std::memcpy(weights, part.weights + from, size_t(count) * sizeof(float));
-          weights += count;
-        }
-        continue;
+    std::memcpy(frame + size.layout.entries + i * sizeof entry, &entry, sizeof entry);
+  }
+  if (!jagged && !routes_->any_weighted) {
+    transpose_ids(mine, counts, to.values);
+    return;
+  }
+  for (const int32_t f : mine)
+    for (const Segment& g : segments_) encode_bags(f, g, jagged, to);
+}
+
+// Fixed-width ids without weights: from sample-major to feature-major, in blocks of samples that stay in the L1 cache
+// (64 samples of 26 ids are 13 KB) while every feature picks its columns.
+void RoutedLookup::transpose_ids(const std::vector<int32_t>& mine, const std::vector<uint64_t>& counts, int64_t* values) const {
+  constexpr int64_t kBlock = 64;
+  int64_t done = 0;
+  for (const Segment& g : segments_) {
+    const Part& part = parts_[live_[g.live].part];
+    for (int64_t begin = g.begin; begin < g.end; begin += kBlock) {
+      const int64_t end = std::min(begin + kBlock, g.end);
+      int64_t* of_feature = values;
+      for (size_t i = 0; i < mine.size(); ++i) {
+        const RoutedFeature& feature = routes_->features[size_t(mine[i])];
+        const int64_t* from = part.values + begin * part.fixed_width + feature.fixed_begin;
+        int64_t* to = of_feature + done * feature.fixed_width;
+        for (int64_t b = begin; b < end; ++b, from += part.fixed_width)
+          for (int32_t k = 0; k < feature.fixed_width; ++k) *to++ = from[k];
+        of_feature += counts[i];
       }
-      if (jagged) lengths = std::fill_n(lengths, n, feature.fixed_width);
-      for (int64_t b = g.begin; b < g.end; ++b) {
-        const int64_t at = b * part.fixed_width + feature.fixed_begin;
-        for (int32_t k = 0; k < feature.fixed_width; ++k) *values++ = part.values[at + k];
-        if (feature.weighted)
-          for (int32_t k = 0; k < feature.fixed_width; ++k) *weights++ = part.weights[at + k];
-      }
+      done += end - begin;
     }
+  }
+}
+
+// One feature's lengths, ids and weights of one segment, appended to the sections.
+void RoutedLookup::encode_bags(int32_t f, const Segment& g, bool with_lengths, Sections& to) {
+  const RoutedFeature& feature = routes_->features[size_t(f)];
+  const size_t p = live_[g.live].part, features = routes_->features.size();
+  const Part& part = parts_[p];
+  const int64_t samples = g.end - g.begin;
+  int64_t from, count;
+  if (part.lengths != nullptr) {
+    std::memcpy(to.lengths, part.lengths + int64_t(f) * batches_[p] + g.begin, size_t(samples) * sizeof(int32_t));
+    to.lengths += samples;
+    count = int64_t(count_values(p, f, g.begin, g.end));
+    int64_t& cursor = cursor_[p * features + size_t(f)];
+    from = value_begin_[p * (features + 1) + size_t(f)] + cursor;
+    cursor += count;
+    std::memcpy(to.values, part.values + from, size_t(count) * sizeof(int64_t));
+    to.values += count;
+    if (feature.weighted) {
+      std::memcpy(to.weights, part.weights + from, size_t(count) * sizeof(float));
+      to.weights += count;
+    }
+    return;
+  }
+  if (with_lengths) to.lengths = std::fill_n(to.lengths, samples, feature.fixed_width);
+  for (int64_t b = g.begin; b < g.end; ++b) {
+    from = b * part.fixed_width + feature.fixed_begin;
+    to.values = std::copy_n(part.values + from, feature.fixed_width, to.values);
+    if (feature.weighted) to.weights = std::copy_n(part.weights + from, feature.fixed_width, to.weights);
   }
 }
 

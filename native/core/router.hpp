@@ -97,12 +97,20 @@ class RoutedLookup {
     int64_t begin, end;  // samples of the part
   };
 
-  int64_t batch_of(size_t part) const { return batches_[part]; }
+  // Where the next lengths, ids and weights of a frame go.
+  struct Sections {
+    int32_t* lengths;
+    int64_t* values;
+    float* weights;
+  };
+
   Fault check(size_t part);
   Fault check_jagged(size_t part);
   Fault check_fixed(size_t part);
   uint64_t count_values(size_t part, int32_t feature, int64_t begin, int64_t end) const;
   void segments(size_t chunk);
+  void transpose_ids(const std::vector<int32_t>& mine, const std::vector<uint64_t>& counts, int64_t* values) const;
+  void encode_bags(int32_t feature, const Segment& segment, bool with_lengths, Sections& to);
   float* sequence_rows(const Segment& segment, int32_t feature, const LookupOutput& out) const;
   void place_sequences(const std::vector<Fault>& faults);
   bool fits(int32_t sidecar, int64_t batch, uint64_t values, uint64_t sequence_bytes, const SlotBudget& budget) const;
@@ -120,6 +128,7 @@ class RoutedLookup {
   std::vector<Chunk> chunks_;
   std::vector<Segment> segments_;
   size_t segments_of_ = SIZE_MAX;
+  std::vector<uint64_t> column_last_, column_signs_;
   std::vector<uint64_t> cost_values_, cost_sequence_, block_values_, block_sequence_;
 };
 
