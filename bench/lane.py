@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     console.print("  ".join(f"{key}: {value}" for key, value in about.items()))
     results = measure(args.rounds, args.seed)
     table = Table(title="lane overhead beyond pooling, µs", title_justify="left")
-    for column in ("lane", "batch", "p50", "p99", "from Python", "grpcio p50", "× cheaper", "floor p50", "× floor"):
+    for column in ("lane", "batch", "p50", "p99", "from Python", "grpcio p50", "times cheaper", "floor p50", "times floor"):
         table.add_column(column, justify="right")
     for lane, shapes in results.items():
         for shape, r in shapes.items():
@@ -98,7 +98,9 @@ def measure(rounds: int, seed: int) -> dict[str, dict[str, Any]]:
 def _compare(lane: Sample, grpcio: Sample, floor: Sample) -> dict[str, Any]:
     return {
         **lane,
-        "peer": {f"{name}_{key}": value for name, sample in (("grpcio", grpcio), ("floor", floor)) for key, value in sample.items()},
+        "peer": {
+            f"{name}_{key}": value for name, sample in (("grpcio", grpcio), ("floor", floor)) for key, value in sample.items()
+        },
         "ratio": {"grpcio": grpcio["p50_us"] / lane["caller_p50_us"], "floor": lane["p50_us"] / floor["p50_us"]},
     }
 
@@ -143,10 +145,17 @@ def _peer(directory: Path, sizes: dict[int, tuple[int, int]]) -> Iterator[dict[s
 
 def _client() -> _native.LookupClient:
     return _native.LookupClient(
-        epoch=1, sidecars=1, spin_us=DEFAULT_SPIN_US, degrade=False,
-        rows=np.full(FEATURES, ROWS, np.int64), dims=np.full(FEATURES, DIM, np.int32), poolings=["sum"] * FEATURES,
-        weighted=[False] * FEATURES, out_of_range=["error"] * FEATURES, sidecar_of_feature=np.zeros(FEATURES, np.int32),
-    )  # fmt: skip
+        epoch=1,
+        sidecars=1,
+        spin_us=DEFAULT_SPIN_US,
+        degrade=False,
+        rows=np.full(FEATURES, ROWS, np.int64),
+        dims=np.full(FEATURES, DIM, np.int32),
+        poolings=["sum"] * FEATURES,
+        weighted=[False] * FEATURES,
+        out_of_range=["error"] * FEATURES,
+        sidecar_of_feature=np.zeros(FEATURES, np.int32),
+    )
 
 
 def _lookups(client: _native.LookupClient, batch: int, seed: int) -> Callable[[], Sample]:
@@ -171,7 +180,7 @@ def _lookups(client: _native.LookupClient, batch: int, seed: int) -> Callable[[]
 
 
 def _grpc_calls(channel: grpc.Channel, request: int, response: int) -> Callable[[], Sample]:
-    call = channel.unary_unary(f"/peer/bytes{response}")
+    call = channel.unary_unary(f"/peer/bytes{response}", request_serializer=None, response_deserializer=None)
     body = bytes(request)
 
     def sample() -> Sample:

@@ -1,4 +1,4 @@
-"""Two models under the same conditions: blocks of requests to each in turn, percentiles as medians over the rounds."""
+"""Two models under the same conditions: short blocks of requests to each in turn, figures as medians over the rounds."""
 
 from __future__ import annotations
 
@@ -9,12 +9,18 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from sidepool.bench.traffic import Arrays, Caller, Percentiles, concurrently, infer_inputs, summarise, time_block
 
 # Enough rounds for a median that one disturbed round cannot move.
 ROUNDS = 5
-# Seconds of one block: long enough for a hundred of the slowest requests, short enough that both models see the same weather.
-BLOCK_S = 1.0
+# Blocks per model in a round, in turns; a round's percentiles are taken over all of them.
+TURNS = 4
+# Seconds of one block: short, so that both models see the same weather on a machine whose speed drifts within seconds.
+BLOCK_S = 0.3
+# At least this many, so that a round has 400 requests and its p99 is not its worst one.
 MIN_BLOCK_REQUESTS = 100
 MAX_BLOCK_REQUESTS = 1000
 CLIENTS = 8
@@ -53,13 +59,20 @@ def compare(
         sizes = {model: _block_size(caller, requests) for model, caller in callers.items()}
         alone: dict[str, list[Percentiles]] = {model: [] for model in models}
         together: dict[str, list[float]] = {model: [] for model in models}
-        for turn in range(rounds):
-            for model in _order(models, turn):
-                alone[model].append(_latency_block(callers[model], requests, sizes[model]))
-                progress()
-            for model in _order(models, turn):
-                together[model].append(_throughput_block(crowds[model], requests, sizes[model]))
-                progress()
+        for _ in range(rounds):
+            latencies: dict[str, list[NDArray[np.int64]]] = {model: [] for model in models}
+            crowded_s = dict.fromkeys(models, 0.0)
+            for turn in range(TURNS):
+                for model in _order(models, turn):
+                    latencies[model].append(time_block(callers[model], _cycle(requests, sizes[model])))
+                    progress()
+                for model in _order(models, turn):
+                    crowded_s[model] += _throughput_block(crowds[model], requests, sizes[model])
+                    progress()
+            for model in models:
+                taken = np.concatenate(latencies[model])
+                alone[model].append(summarise(taken, taken.sum() / 1e9))
+                together[model].append(TURNS * sizes[model] / crowded_s[model])
     finally:
         for caller in (*callers.values(), *(c for crowd in crowds.values() for c in crowd)):
             caller.close()
@@ -68,7 +81,7 @@ def compare(
 
 def blocks(rounds: int = ROUNDS) -> int:
     """How often `compare` reports progress per model."""
-    return 2 * rounds
+    return 2 * rounds * TURNS
 
 
 def ratios(ours: Measured, theirs: Measured) -> Mapping[str, float]:
@@ -91,19 +104,13 @@ def _block_size(caller: Caller, requests: Sequence[list[Any]]) -> int:
     return min(MAX_BLOCK_REQUESTS, max(MIN_BLOCK_REQUESTS, int(BLOCK_S / per_request_s)))
 
 
-def _latency_block(caller: Caller, requests: Sequence[list[Any]], size: int) -> Percentiles:
-    begin = time.perf_counter()
-    latencies = time_block(caller, _cycle(requests, size))
-    return summarise(latencies, time.perf_counter() - begin)
-
-
 def _throughput_block(callers: Sequence[Caller], requests: Sequence[list[Any]], size: int) -> float:
-    """Requests per second with all callers busy; each request is one job, so that fast clients take more."""
+    """Seconds for `size` requests with all callers busy; each request is one job, so that fast clients take more."""
 
     def send(caller: Caller, inputs: list[Any]) -> None:
         caller.infer(inputs)
 
-    return size / concurrently(callers, [partial(send, inputs=inputs) for inputs in _cycle(requests, size)])
+    return concurrently(callers, [partial(send, inputs=inputs) for inputs in _cycle(requests, size)])
 
 
 def _cycle(requests: Sequence[list[Any]], count: int) -> list[list[Any]]:

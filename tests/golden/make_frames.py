@@ -16,10 +16,13 @@ def pad(data: bytes) -> bytes:
     return data + bytes(-len(data) % 64)
 
 
-def request(*, slot: int, lookup_id: int, epoch: int, batch: int, features: list[tuple[int, int, list[int], list[int], list[float]]]) -> bytes:
+def request(
+    *, slot: int, lookup_id: int, epoch: int, batch: int, features: list[tuple[int, int, list[int], list[int], list[float]]]
+) -> bytes:
     """`features`: (plan position, fixed length or -1, lengths, ids, weights or none)."""
     entries = b"".join(
-        struct.pack("<IHHiIQ", position, 1 if weights else 0, 0, fixed, 0, len(ids)) for position, fixed, _, ids, weights in features
+        struct.pack("<IHHiIQ", position, 1 if weights else 0, 0, fixed, 0, len(ids))
+        for position, fixed, _, ids, weights in features
     )
     lengths = b"".join(struct.pack(f"<{len(lens)}i", *lens) for _, fixed, lens, _, _ in features if fixed < 0)
     values = b"".join(struct.pack(f"<{len(ids)}q", *ids) for _, _, _, ids, _ in features)
@@ -29,8 +32,23 @@ def request(*, slot: int, lookup_id: int, epoch: int, batch: int, features: list
     total = 64 * (-(-(128 + len(entries)) // 64)) + len(pad(lengths)) + len(pad(values)) + len(pad(weights_section))
     header = struct.pack(
         "<IBBHQIiQQQQIIQ26s30s",
-        MAGIC, VERSION, 3, 0, total, slot, 2, lookup_id, epoch, 50_000_000, 123_456_789, batch, len(features), count, trace, bytes(30),
-    )  # fmt: skip
+        MAGIC,
+        VERSION,
+        3,
+        0,
+        total,
+        slot,
+        2,
+        lookup_id,
+        epoch,
+        50_000_000,
+        123_456_789,
+        batch,
+        len(features),
+        count,
+        trace,
+        bytes(30),
+    )
     return pad(header + entries) + pad(lengths) + pad(values) + pad(weights_section)
 
 
@@ -39,18 +57,46 @@ def response(*, slot: int, lookup_id: int, epoch: int, batch: int, blocks: list[
     payload = b"".join(pad(struct.pack(f"<{len(b)}f", *b)) for b in blocks)
     header = struct.pack(
         "<IBBHQIiQQIIIiiIqqQQQ24s",
-        MAGIC, VERSION, 4, 1, 128 + len(payload), slot, status, lookup_id, epoch, 0, len(blocks), batch, 0, -1, 0, -1, 0,
-        1000, 2000, 3000, bytes(24),
-    )  # fmt: skip
+        MAGIC,
+        VERSION,
+        4,
+        1,
+        128 + len(payload),
+        slot,
+        status,
+        lookup_id,
+        epoch,
+        0,
+        len(blocks),
+        batch,
+        0,
+        -1,
+        0,
+        -1,
+        0,
+        1000,
+        2000,
+        3000,
+        bytes(24),
+    )
     return header + payload
 
 
 FRAMES = {
-    "request_fixed": request(slot=3, lookup_id=77, epoch=9, batch=2, features=[(0, 1, [], [4, 5], []), (2, 2, [], [1, 2, 3, 4], [])]),
+    "request_fixed": request(
+        slot=3, lookup_id=77, epoch=9, batch=2, features=[(0, 1, [], [4, 5], []), (2, 2, [], [1, 2, 3, 4], [])]
+    ),
     "request_jagged_weighted": request(
-        slot=0, lookup_id=1, epoch=1, batch=3,
-        features=[(1, -1, [2, 0, 1], [10, 11, 12], [0.5, 1.5, -2.0]), (5, -1, [0, 0, 0], [], []), (7, -1, [1, 1, 1], [-1, 0, 1 << 40], [])],
-    ),  # fmt: skip
+        slot=0,
+        lookup_id=1,
+        epoch=1,
+        batch=3,
+        features=[
+            (1, -1, [2, 0, 1], [10, 11, 12], [0.5, 1.5, -2.0]),
+            (5, -1, [0, 0, 0], [], []),
+            (7, -1, [1, 1, 1], [-1, 0, 1 << 40], []),
+        ],
+    ),
     "response_two_blocks": response(slot=3, lookup_id=77, epoch=9, batch=2, blocks=[[1.0, 2.0, 3.0, 4.0], [0.5, -0.5]]),
     "response_deadline": response(slot=1, lookup_id=5, epoch=9, batch=1, blocks=[], status=3),
 }
