@@ -147,7 +147,8 @@ class Demo:
         """report.json: the whole run first, then each variant; shapes are named `variant/batch`."""
         first = next(iter(results.values()))
         return {
-            "rows": sum(result.rows for result in results.values()),
+            "rows": first.rows,
+            "scores_compared": sum(result.rows for result in results.values()),
             "data": source,
             "max_abs_error": max(result.max_abs_error for result in results.values()),
             "triton_version": first.triton_version,
