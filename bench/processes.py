@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from sidepool.wire.errors import TransportError
 
@@ -49,6 +51,11 @@ class Sidecar:
                 tail = "\n".join(self._log.read_text(errors="replace").splitlines()[-15:])
                 raise TransportError(f"{self._log.stem}: {what}:\n{tail}")
             time.sleep(0.02)
+
+    def facts(self) -> dict[str, Any]:
+        """What the ready file says: pid and the addresses bound (docs/sidecar.md). Only while the process is ready."""
+        facts: dict[str, Any] = json.loads(self._ready.read_text(encoding="utf-8"))
+        return facts
 
     def stop(self) -> None:
         """End the process: SIGTERM, then SIGKILL. Idempotent."""

@@ -6,6 +6,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <limits>
@@ -16,6 +17,12 @@ namespace sidepool {
 namespace {
 
 constexpr size_t kHugePage = size_t(2) << 20;
+// From this size on a table's tail gets a whole huge page too: at most 1/16 more memory than rows. Below it the tail lies
+// in small pages, or a thousand tables of 2.1 MB would take twice their bytes.
+constexpr size_t kWholeHugePages = 16 * kHugePage;
+// A table is copied in slices whose source is given back at once, so that its rows are never resident twice. Large enough
+// that a system call per slice does not show.
+constexpr size_t kCopySlice = size_t(64) << 20;
 
 template <class Enum, size_t N>
 Enum parse_name(const char* what, const std::string& name, const char* const (&names)[N]) {
@@ -35,11 +42,9 @@ size_t round_up(size_t bytes, size_t unit) { return (bytes + unit - 1) / unit * 
 
 size_t page_bytes() { return size_t(sysconf(_SC_PAGESIZE)); }
 
-// Anonymous memory at a 2 MiB boundary, advised for huge pages. Whole huge pages from 2 MiB on, so that a table's tail
-// has one too; smaller tables take small pages, else a thousand tiny tables would cost 2 GB. `bytes` becomes the
-// length.
+// Anonymous memory at a 2 MiB boundary, advised for huge pages. `bytes` becomes the length.
 std::byte* map_huge(size_t& bytes) {
-  bytes = round_up(bytes, bytes >= kHugePage ? kHugePage : page_bytes());
+  bytes = round_up(bytes, bytes >= kWholeHugePages ? kHugePage : page_bytes());
   const size_t reserved = bytes + kHugePage;
   void* mapped = mmap(nullptr, reserved, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (mapped == MAP_FAILED) fail_os("cannot map " + std::to_string(reserved) + " bytes of memory");
@@ -131,17 +136,18 @@ void TableSet::add_file(int32_t index, const std::string& path, int64_t offset, 
 void TableSet::add_copy(int32_t index, const void* data, int64_t rows, int32_t dim, RowFormat format, OutOfRange policy,
                         int64_t default_row) {
   Table& table = describe(index, rows, dim, format, policy, default_row);
-  table.base.store(copy_to_huge(index, data, size_t(rows) * row_bytes(format, dim)), std::memory_order_release);
-}
-
-const std::byte* TableSet::copy_to_huge(int32_t index, const void* data, size_t bytes) {
-  regions_.reserve(regions_.size() + 1);
-  size_t length = bytes;
-  std::byte* copy = map_huge(length);
-  regions_.push_back({copy, length, index, false});
+  const size_t bytes = size_t(rows) * row_bytes(format, dim);
+  std::byte* copy = add_huge(index, bytes);
   std::memcpy(copy, data, bytes);
   huge_bytes_.fetch_add(int64_t(bytes), std::memory_order_relaxed);
-  return copy;
+  table.base.store(copy, std::memory_order_release);
+}
+
+std::byte* TableSet::add_huge(int32_t index, size_t bytes) {
+  regions_.reserve(regions_.size() + 1);
+  std::byte* memory = map_huge(bytes);
+  regions_.push_back({memory, bytes, index, false});
+  return memory;
 }
 
 void TableSet::add_feature(int32_t index, int32_t table, Pooling pooling, bool weighted) {
@@ -180,9 +186,17 @@ int64_t TableSet::promote() {
     const std::byte* base = table.base.load(std::memory_order_relaxed);
     if (base < file.address || base >= file.address + file.length) continue;  // promoted by an earlier call
     const size_t bytes = size_t(table.rows) * row_bytes(table.format, table.dim);
-    table.base.store(copy_to_huge(file.table, base, bytes), std::memory_order_release);
-    // Lookups may still read through the old base: the mapping stays, only its pages go; a late read faults them back.
-    madvise(file.address, file.length, MADV_DONTNEED);
+    std::byte* copy = add_huge(file.table, bytes);
+    const size_t lead = size_t(base - file.address);
+    for (size_t at = 0; at < file.length; at += kCopySlice) {
+      const size_t end = std::min(at + kCopySlice, file.length), begin = std::max(at, lead);
+      std::memcpy(copy + (begin - lead), file.address + begin, end - begin);
+      // Lookups still read through the old base: the mapping stays, only its pages go, and a read faults them back.
+      madvise(file.address + at, end - at, MADV_DONTNEED);
+    }
+    huge_bytes_.fetch_add(int64_t(bytes), std::memory_order_relaxed);
+    table.base.store(copy, std::memory_order_release);
+    madvise(file.address, file.length, MADV_DONTNEED);  // what lookups faulted back meanwhile
     copied += int64_t(bytes);
   }
   return copied;

@@ -91,7 +91,7 @@ class TableSet {
  private:
   struct Region;  // one mapping: address, length, whether it is file-backed
   Table& describe(int32_t index, int64_t rows, int32_t dim, RowFormat format, OutOfRange policy, int64_t default_row);
-  const std::byte* copy_to_huge(int32_t index, const void* data, size_t bytes);
+  std::byte* add_huge(int32_t index, size_t bytes);
 
   int64_t epoch_;
   int32_t table_count_;

@@ -1,0 +1,51 @@
+"""Tables take their own bytes of memory and little more, also while they are promoted."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+MIB = 1 << 20
+# What is promised for a sidecar, without the constant that its code and buffers may take.
+FACTOR = 1.10
+
+# In a process of its own, whose memory nobody else changes. /proc/self/clear_refs resets the high-water mark (man 5 proc).
+PROGRAM = """
+import sys
+import numpy as np
+from sidepool import _native
+
+count, rows, directory = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+
+def resident(field):
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(field))
+
+tables = _native.TableSet(1, count, count)
+for i in range(count):
+    tables.add_table_file(i, f"{directory}/{i}", 8, rows, 64, "fp32", "error", 0)
+    tables.add_feature(i, i, "sum", False)
+tables.seal()
+before = resident("VmRSS")
+ids, out = np.arange(rows), np.empty((1, 64), np.float32)
+for i in range(count):  # every page is resident when promotion begins
+    assert _native.pool(tables, i, ids, np.array([rows], np.int32), None, out)[0] == 0
+open("/proc/self/clear_refs", "w").write("5")
+assert tables.promote() == tables.bytes
+print(resident("VmHWM") - before, resident("VmRSS") - before, tables.bytes)
+"""
+
+
+@pytest.mark.parametrize(("count", "megabytes"), [(1, 256), (50, 2.1)])
+def test_promotion_never_holds_the_rows_twice(tmp_path: Path, count: int, megabytes: float) -> None:
+    rows = int(megabytes * MIB) // 256
+    for i in range(count):
+        (tmp_path / str(i)).write_bytes(bytes(8) + b"\x00\x00\x80\x3f" * (64 * rows))
+    command = [sys.executable, "-c", PROGRAM, str(count), str(rows), str(tmp_path)]
+    peak, settled, table_bytes = map(int, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
+    slice_bytes = 64 * MIB  # of the file, given back only when it has been copied
+    assert settled <= FACTOR * table_bytes
+    assert peak <= FACTOR * table_bytes + slice_bytes
