@@ -83,7 +83,9 @@ class TcpClientLane final : public ClientLane {
     // Pairs with pass_reading_on: either we see that nobody reads, or the reader sees us waiting and flips our word.
     if (reading_.load(std::memory_order_seq_cst) && c.word.load(std::memory_order_seq_cst) == word && !dead())
       futex_wait_until(c.word, word, until_ns);
-    c.waiting.store(0, std::memory_order_relaxed);
+    c.waiting.store(0, std::memory_order_seq_cst);
+    // A reader may have chosen us to read on just as our time ran out: we shall not, so choose somebody else.
+    if (now_ns() >= until_ns && !reading_.load(std::memory_order_seq_cst)) pass_reading_on();
   }
 
  private:
@@ -118,7 +120,8 @@ class TcpClientLane final : public ClientLane {
   void pass_reading_on() {
     for (uint32_t slot = 0; slot < limits_.slots; ++slot) {
       SlotControl& c = control(slot);
-      if (c.waiting.load(std::memory_order_seq_cst) == 0) continue;
+      // One whose response is complete is about to leave, and would not read on.
+      if (c.waiting.load(std::memory_order_seq_cst) == 0 || c.word.load(std::memory_order_seq_cst) & kSlotDone) continue;
       c.word.fetch_xor(kSlotPass, std::memory_order_seq_cst);
       futex_wake(c.word, 1);
       return;

@@ -288,6 +288,75 @@ int raw_connection(const Cluster& cluster) {
   return fd;
 }
 
+// The far end of a tcp lane, played by the test: answers what it likes, when it likes.
+struct PlayedSidecar {
+  Fd listener{socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0)};
+  Fd peer;
+  std::shared_ptr<ClientLane> lane;
+
+  PlayedSidecar() {
+    sockaddr_in at{};
+    at.sin_family = AF_INET;
+    at.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    socklen_t length = sizeof at;
+    CHECK(bind(listener.get(), reinterpret_cast<sockaddr*>(&at), sizeof at) == 0 && listen(listener.get(), 1) == 0);
+    getsockname(listener.get(), reinterpret_cast<sockaddr*>(&at), &length);
+    std::thread admission([this] {
+      peer = Fd(accept(listener.get(), nullptr, nullptr));
+      Hello hello;
+      CHECK(recv(peer.get(), &hello, sizeof hello, MSG_WAITALL) == ssize_t(sizeof hello));
+      HelloAck ack;
+      ack.slots = 4;
+      ack.request_bytes = ack.response_bytes = 4096;
+      CHECK(send(peer.get(), &ack, sizeof ack, MSG_NOSIGNAL) == ssize_t(sizeof ack));
+    });
+    lane = connect_tcp("127.0.0.1", ntohs(at.sin_port), fresh_token(), 5);
+    admission.join();
+  }
+
+  // Responses without features to these slots, in one write. A slot's lookup has the id slot + 1.
+  void answer(const std::vector<uint32_t>& slots) {
+    std::vector<ResponseHeader> frames(slots.size());
+    for (size_t i = 0; i < slots.size(); ++i) {
+      frames[i].flags = kLastPiece;
+      frames[i].frame_bytes = sizeof(ResponseHeader);
+      frames[i].slot = slots[i];
+      frames[i].lookup_id = slots[i] + 1;
+    }
+    const size_t bytes = frames.size() * sizeof(ResponseHeader);
+    CHECK(send(peer.get(), frames.data(), bytes, MSG_NOSIGNAL) == ssize_t(bytes));
+  }
+};
+
+// One waiter reads the socket for all. What it hands on when it is done must reach a waiter that still needs it: not one
+// whose response it has just taken in, nor one whose deadline has come.
+void reading_is_handed_to_who_still_waits() {
+  for (int round = 0; round < 40; ++round) {
+    PlayedSidecar sidecar;
+    const bool late = round % 2;  // slot 0 gives up instead of being answered
+    std::vector<std::thread> waiters;
+    std::atomic<int> answered{0};
+    const uint64_t start = now_ns();
+    for (const uint32_t slot : {1u, 0u, 2u}) {  // slot 1 comes first and reads
+      CHECK(sidecar.lane->try_acquire() >= 0);
+      CHECK(sidecar.lane->post(slot, sizeof(RequestHeader), slot + 1, {0}, start + 5'000'000'000) == Status::ok);
+      waiters.emplace_back([&, slot] {
+        Status status;
+        sidecar.lane->wait(slot, 0, slot == 0 && late ? start + 20'000'000 : start + 5'000'000'000, 0, status);
+        answered += status == Status::ok;
+      });
+      std::this_thread::sleep_for(std::chrono::milliseconds(2));
+    }
+    while (late && now_ns() < start + 20'000'000) {
+    }
+    sidecar.answer(late ? std::vector<uint32_t>{1} : std::vector<uint32_t>{0, 1});
+    std::this_thread::sleep_for(std::chrono::milliseconds(5));
+    sidecar.answer({2});
+    for (auto& waiter : waiters) waiter.join();
+    CHECK(answered.load() == (late ? 2 : 3));
+  }
+}
+
 // Whatever strangers send, the lane next to them goes on.
 void hostile_bytes_on_the_tcp_port_hurt_nobody() {
   Cluster cluster(1);
@@ -418,6 +487,7 @@ int main() {
   }
   tests.push_back({"draining refuses new lookups", draining_refuses_new_lookups});
   tests.push_back({"lost sidecars degrade to zeros where asked", lost_sidecars_degrade_to_zeros_where_asked});
+  tests.push_back({"reading is handed to who still waits", reading_is_handed_to_who_still_waits});
   tests.push_back({"hostile bytes on the tcp port hurt nobody", hostile_bytes_on_the_tcp_port_hurt_nobody});
   tests.push_back({"hostile writes to shared memory hurt nobody", hostile_writes_to_shared_memory_hurt_nobody});
   tests.push_back({"a slow reader is held to its credits", a_slow_reader_is_held_to_its_credits});
