@@ -16,20 +16,15 @@ from pathlib import Path
 
 import grpc
 import numpy as np
-import yaml
-from safetensors.numpy import save_file
 
 from sidepool.bench import machine
 from sidepool.bench.footprint import Footprint, footprint
 from sidepool.bench.processes import Sidecar
 from sidepool.bench.serve import make_console
+from sidepool.bench.shard_files import make_plan, write_sidecars
 from sidepool.wire import control_pb2, control_pb2_grpc
-from sidepool.wire.checksum import crc32c
 from sidepool.wire.errors import ConfigError, TransportError
-from sidepool.wire.plan import Feature, Plan, Shard, SidecarAddress, Table, save_plan
-from sidepool.wire.shards import ShardFile, ShardManifest, save_manifest
 
-NAME = "big"
 DIM = 64
 MIB = 1 << 20
 # What is promised: ready within this for 4 GB, and at most this much memory for a sidecar's tables.
@@ -69,7 +64,10 @@ def run(args: argparse.Namespace) -> int:
     args.work_dir.mkdir(parents=True, exist_ok=True)
     directory = Path(tempfile.mkdtemp(prefix="start-", dir=args.work_dir))
     try:
-        config, table_bytes = write_shards(directory, args.tables, rows)
+        plan = make_plan(args.tables, rows, DIM, sidecars=1)
+        table_bytes = sum(table.bytes for table in plan.tables)
+        numbers = np.arange(rows * DIM, dtype=np.float32).reshape(rows, DIM)
+        (config,) = write_sidecars(plan, directory, lambda table: numbers)
         starts = [measure(config, directory, table_bytes) for _ in range(STARTS)]
     finally:
         shutil.rmtree(directory)
@@ -103,39 +101,6 @@ def run(args: argparse.Namespace) -> int:
         }
         args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return 0 if all(kept.values()) else 1
-
-
-def write_shards(directory: Path, count: int, rows: int) -> tuple[Path, int]:
-    """Write one sidecar's plan, shards and configuration; returns the configuration and the tables' bytes."""
-    names = [f"table{i}" for i in range(count)]
-    plan = Plan(
-        epoch=1,
-        model="start",
-        tables=tuple(Table(name=name, rows=rows, dim=DIM) for name in names),
-        features=tuple(Feature(name=name, table=name) for name in names),
-        sidecars=(SidecarAddress(name=NAME, address="127.0.0.1:1"),),
-        shards=tuple(Shard(table=name, sidecar=NAME, rows=(0, rows), columns=(0, DIM)) for name in names),
-    )
-    save_plan(plan, directory / "plan.yaml")
-    (directory / "shards").mkdir()
-    files = []
-    for i, table in enumerate(plan.tables):
-        data = np.arange(i, i + rows * DIM, dtype=np.float32).reshape(rows, DIM)
-        save_file({table.name: data}, directory / "shards" / f"{table.name}.safetensors")
-        file = ShardFile(
-            table=table.name,
-            file=f"{table.name}.safetensors",
-            rows=rows,
-            dim=DIM,
-            row_format=table.row_format,
-            crc32c=crc32c(data),
-        )
-        files.append(file)
-    save_manifest(ShardManifest(sidecar=NAME, plan_fingerprint=plan.fingerprint, shards=tuple(files)), directory / "shards")
-    config = directory / "sidecar.yaml"
-    settings = {"name": NAME, "plan": "plan.yaml", "shards": "shards", "listen": {"grpc": "127.0.0.1:0"}}
-    config.write_text(yaml.safe_dump(settings), encoding="utf-8")
-    return config, sum(table.bytes for table in plan.tables)
 
 
 def measure(config: Path, directory: Path, table_bytes: int) -> Start:

@@ -1,0 +1,56 @@
+"""Plans, shards and sidecar configurations for benchmarks that need no model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+
+from sidepool.bench.triton_server import free_ports
+from sidepool.wire.checksum import crc32c
+from sidepool.wire.plan import Feature, Plan, Shard, SidecarAddress, Table, save_plan
+from sidepool.wire.shards import ShardFile, ShardManifest, save_manifest
+
+
+def make_plan(tables: int, rows: int, dim: int, sidecars: int) -> Plan:
+    """`tables` equal tables, looked up by one feature each, in turn on `sidecars` loopback addresses that are free now."""
+    names = [f"table{i}" for i in range(tables)]
+    holders = [f"sidecar-{i}" for i in range(sidecars)]
+    return Plan(
+        epoch=1,
+        model="bench",
+        tables=tuple(Table(name=name, rows=rows, dim=dim) for name in names),
+        features=tuple(Feature(name=name, table=name) for name in names),
+        sidecars=tuple(
+            SidecarAddress(name=name, address=f"127.0.0.1:{port}") for name, port in zip(holders, free_ports(sidecars), strict=True)
+        ),
+        shards=tuple(
+            Shard(table=name, sidecar=holders[i % sidecars], rows=(0, rows), columns=(0, dim)) for i, name in enumerate(names)
+        ),
+    )
+
+
+def write_sidecars(plan: Plan, directory: Path, rows_of: Callable[[int], NDArray[np.float32]]) -> list[Path]:
+    """Write `plan.yaml` and every sidecar's files into `directory`; returns the configurations. `rows_of(i)` makes table i."""
+    save_plan(plan, directory / "plan.yaml")
+    configs = []
+    for sidecar in plan.sidecars:
+        shards = directory / sidecar.name / "shards"
+        shards.mkdir(parents=True)
+        held = [i for i, shard in enumerate(plan.shards) if shard.sidecar == sidecar.name]
+        files = tuple(_write_table(plan.tables[i], rows_of(i), shards) for i in held)
+        save_manifest(ShardManifest(sidecar=sidecar.name, plan_fingerprint=plan.fingerprint, shards=files), shards)
+        configs.append(shards.parent / "sidecar.yaml")
+        settings = {"name": sidecar.name, "plan": "../plan.yaml", "shards": "shards", "listen": {"grpc": sidecar.address}}
+        configs[-1].write_text(yaml.safe_dump(settings), encoding="utf-8")
+    return configs
+
+
+def _write_table(table: Table, rows: NDArray[np.float32], directory: Path) -> ShardFile:
+    file = f"{table.name}.safetensors"
+    save_file({table.name: rows}, directory / file)
+    return ShardFile(table=table.name, file=file, rows=table.rows, dim=table.dim, row_format=table.row_format, crc32c=crc32c(rows))
