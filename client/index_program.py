@@ -133,13 +133,13 @@ def _jagged_bags(inputs: Mapping[str, NDArray[Any]], source: JaggedSource) -> tu
     if source.include_last_offset and offsets.size == 0:
         raise LookupRejected(f"{source.offsets}: found no offsets; allowed: [batch + 1]")
     bounds = offsets if source.include_last_offset else np.append(offsets, values.size)
-    lengths = np.diff(bounds)
-    if bounds[0] != 0 or bounds[-1] != values.size or (lengths < 0).any():
+    # Compared, not subtracted: wild offsets would overflow into lengths that look right.
+    if bounds[0] != 0 or bounds[-1] != values.size or (bounds[1:] < bounds[:-1]).any():
         raise LookupRejected(
             f"{source.offsets}: found {bounds[:4].tolist()}… up to {bounds[-1]}; "
             f"allowed: from 0, never falling, up to the {values.size} ids of {source.values}"
         )
-    return values, lengths.astype(np.int32)
+    return values, np.diff(bounds).astype(np.int32)
 
 
 def _same_batch(sizes: Mapping[str, int]) -> None:

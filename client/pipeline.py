@@ -57,7 +57,7 @@ class Pipeline:
         if len(leaves) != len(self.model.inputs):
             raise LookupRejected(f"inputs: found {len(leaves)} tensors; allowed: {', '.join(t.name for t in self.model.inputs)}")
         tensors = {spec.name: _checked(leaf, spec) for leaf, spec in zip(leaves, self.model.inputs, strict=True)}
-        part = self._router.route({name: t.numpy() for name, t in tensors.items() if t.dtype is not torch.bfloat16})
+        part = self._router.route({name: t.numpy() for name, t in tensors.items()})
         result = self._client.lookup_parts([part], deadline_ms=deadline_ms)
         if result.errors[0] is not None:
             raise result.errors[0]

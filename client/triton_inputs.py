@@ -98,8 +98,10 @@ class ModelInputs:
         if array.ndim != len(shape) or any(want not in (-1, size) for want, size in zip(shape, array.shape, strict=True)):
             found = f"{array.dtype} {list(array.shape)}"
             raise LookupRejected(f"{spec.name}: found {found}; allowed: {dtype} {list(shape)}, -1 any size")
-        if widened and array.size and np.abs(array).max() > np.iinfo(dtype).max:
-            raise LookupRejected(f"{spec.name}: found {np.abs(array).max()}; allowed: what fits {dtype}")
+        if widened and array.size:
+            least, most, fits = int(array.min()), int(array.max()), np.iinfo(dtype)
+            if least < fits.min or most > fits.max:
+                raise LookupRejected(f"{spec.name}: found {least} to {most}; allowed: what fits {dtype}")
         return np.ascontiguousarray(array, dtype=dtype)
 
     def _columns(self, spec: InputSpec, value: Any) -> NDArray[np.int64]:

@@ -19,10 +19,10 @@ from torch.utils import _pytree as pytree
 from sidepool.wire.errors import CutError
 from sidepool.wire.model import TensorSpec
 
+# What NumPy, and with it the ranker, can hold.
 DTYPES: dict[torch.dtype, Any] = {
     torch.float32: "float32",
     torch.float16: "float16",
-    torch.bfloat16: "bfloat16",
     torch.float64: "float64",
     torch.int64: "int64",
     torch.int32: "int32",
@@ -166,6 +166,8 @@ def _outputs(result: Any) -> tuple[tuple[str, ...], tuple[Tensor, ...]]:
         names, values = tuple(map(str, result.keys())), tuple(result.values())
     elif isinstance(result, Sequence) and not isinstance(result, str):
         names, values = tuple(f"output_{i}" for i in range(len(result))), tuple(result)
+    if len(set(names)) != len(names):
+        raise CutError(f"model: returns outputs named {', '.join(names)}; allowed: every name once")
     if not values or not all(isinstance(v, Tensor) for v in values):
         raise CutError(f"model: returns {type(result).__name__}; allowed: a tensor, or a tuple or dict of tensors")
     for name, value in zip(names, values, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -38,10 +39,11 @@ def cut_programs(captured: Captured, lookups: Sequence[Lookup]) -> Cut:
     """Build both programs. Raises `CutError` where the dense half needs what only the lookups have."""
     ordered = plan_order(captured, lookups)
     dense, dense_inputs = _dense_program(captured, ordered)
-    matrices = dict.fromkeys(x.source.root for x in ordered if isinstance(x.source, Columns))
-    roots = tuple(root for root in matrices if root.op != "placeholder")
-    index, index_inputs = _index_program(captured, roots, batch_sizes(captured, ordered)) if roots else (None, ())
-    return Cut(ordered, dense, dense_inputs, index, index_inputs, roots)
+    widths = {
+        x.source.root: _width(x.source) for x in ordered if isinstance(x.source, Columns) and x.source.root.op != "placeholder"
+    }
+    index, index_inputs = _index_program(captured, widths, batch_sizes(captured, ordered)) if widths else (None, ())
+    return Cut(ordered, dense, dense_inputs, index, index_inputs, tuple(widths))
 
 
 def plan_order(captured: Captured, lookups: Sequence[Lookup]) -> tuple[Lookup, ...]:
@@ -101,7 +103,7 @@ class _Copier:
             self.copies[node] = self.batch_size()
         elif node in self.captured.states:
             name, value = self.captured.states[node]
-            flat = name.replace(".", "_")
+            flat = f"{name.replace('.', '_')}_{len(self.states)}"  # numbered, since `a.b` and `a_b` may both exist
             self.states[flat] = value
             self.copies[node] = self.graph.get_attr(flat)
         elif node.op == "placeholder":
@@ -163,7 +165,8 @@ def _dense_program(captured: Captured, lookups: Sequence[Lookup]) -> tuple[Expor
     found = copier.needed(*captured.outputs, *weights)
     inputs = tuple(n for n in captured.inputs if n in found)
     _check_dense_inputs(inputs, lookups)
-    copier.copies = {n: copier.graph.placeholder(str(n.target)) for n in inputs}
+    # Prefixed, since a model's own input may be called `pooled`.
+    copier.copies = {n: copier.graph.placeholder(f"input_{n.target}") for n in inputs}
     pieces = Pieces(copier.graph, pooled, pooled_dims)
     for lookup, piece in zip((x for x in lookups if x.pooling is not Pooling.NONE), pieces.nodes, strict=True):
         copier.copies[lookup.output] = _shaped(copier, lookup, piece, pieces)
@@ -182,22 +185,28 @@ def _dense_program(captured: Captured, lookups: Sequence[Lookup]) -> tuple[Expor
 
 
 def _index_program(
-    captured: Captured, roots: Sequence[fx.Node], sizes: frozenset[str]
+    captured: Captured, widths: Mapping[fx.Node, int], sizes: frozenset[str]
 ) -> tuple[ExportedProgram, tuple[fx.Node, ...]]:
-    """Ids `[batch, width]` int64, one output per root."""
+    """Ids `[batch, width]` int64, one output per root of `widths`."""
     copier = _Copier(captured, "index program", sizes)
-    found = set(copier.needed(*roots))
+    found = set(copier.needed(*widths))
     inputs = tuple(n for n in captured.inputs if n in found)
     copier.copies = {n: copier.graph.placeholder(str(n.target)) for n in inputs}
     copier.anchor = copier.copies[inputs[0]]
     outputs = []
-    for root in roots:
+    for root, width in widths.items():
         for node in copier.needed(root):
             copier.copy(node)
-        matrix = copier.graph.call_function(aten.reshape.default, (copier.copies[root], [copier.batch_size(), -1]))
+        matrix = copier.graph.call_function(aten.reshape.default, (copier.copies[root], [copier.batch_size(), width]))
         outputs.append(copier.graph.call_function(aten.to.dtype, (matrix, torch.int64)))
     examples = [e for n, e in zip(captured.inputs, captured.examples, strict=True) if n in inputs]
     return copier.export(outputs, examples), inputs
+
+
+def _width(source: Columns) -> int:
+    """Ids per sample of the matrix that a root is; a flat root is one bag after another."""
+    sizes = source.root.meta["val"].shape[1:]
+    return math.prod(int(n) for n in sizes) if sizes else source.end - source.begin
 
 
 def _check_dense_inputs(inputs: Sequence[fx.Node], lookups: Sequence[Lookup]) -> None:

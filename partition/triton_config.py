@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,6 @@ SHARDS_FROM_VERSION = "../../../sidecars"
 _TYPES = {
     "float32": "TYPE_FP32",
     "float16": "TYPE_FP16",
-    "bfloat16": "TYPE_BF16",
     "float64": "TYPE_FP64",
     "int64": "TYPE_INT64",
     "int32": "TYPE_INT32",
@@ -125,4 +125,5 @@ def _tensor(tensor: TensorSpec, *, ragged: bool, jagged: bool) -> str:
         dims, extra = (1,), " reshape: { shape: [ ] }"
     if ragged:
         extra += " allow_ragged_batch: true"
-    return f'{{ name: "{tensor.name}" data_type: {_TYPES[tensor.dtype]} dims: [ {", ".join(map(str, dims))} ]{extra} }}'
+    name = json.dumps(tensor.name, ensure_ascii=False)  # JSON's quoting is protobuf text's too
+    return f"{{ name: {name} data_type: {_TYPES[tensor.dtype]} dims: [ {', '.join(map(str, dims))} ]{extra} }}"

@@ -25,7 +25,7 @@ class TensorSpec(Frozen):
     """A named input or output tensor. `shape` has -1 for the sizes that vary; the first -1 is the batch."""
 
     name: TensorName
-    dtype: Literal["float32", "float16", "bfloat16", "float64", "int64", "int32", "bool"]
+    dtype: Literal["float32", "float16", "float64", "int64", "int32", "bool"]
     shape: tuple[int, ...]
 
 

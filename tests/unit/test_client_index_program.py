@@ -109,6 +109,8 @@ JAGGED = JaggedSource(values="v", offsets="o")
         (JAGGED, {"v": np.arange(3), "o": np.array([1, 2])}, r"^o: found \[1, 2, 3\].* up to the 3 ids of v"),
         (JAGGED, {"v": np.arange(3), "o": np.array([0, 2, 1])}, "^o: found"),
         (JAGGED, {"v": np.arange(3), "o": np.array([0, 4])}, "^o: found"),
+        # Differences that overflow into 2**62 + 1, 2**62 + 1, 2**62, 2**62 + 1: in 32 bits the lengths 1, 1, 0, 1.
+        (JAGGED, {"v": np.arange(3), "o": np.array([0, 2**62 + 1, -(2**63) + 2, -(2**62) + 2])}, "^o: found"),
         (JAGGED, {"v": np.zeros((2, 2), np.int64), "o": np.array([0])}, r"^v: found shape \[2, 2\]"),
         (JAGGED, {"v": np.arange(3), "o": np.zeros(0, np.int64)}, "^o: found"),
     ],

@@ -63,6 +63,15 @@ def test_columns_per_feature_become_a_matrix() -> None:
         assert sent["sparse"].tolist() == [[1, 2], [3, 4]]
 
 
+@pytest.mark.parametrize("wide", [-(2**63), 2**31, -(2**31) - 1])
+def test_ids_that_a_narrower_input_cannot_hold_are_named(wide: int) -> None:
+    narrow = fixed(input=[{"name": "ids", "data_type": "TYPE_INT32", "dims": [1]}])
+    with pytest.raises(LookupRejected, match=f"ids: found {min(wide, 0)} to {max(wide, 0)}; allowed: what fits int32"):
+        narrow.encode({"ids": np.array([[0], [wide]])})
+    edges = np.array([[-(2**31)], [2**31 - 1]])
+    assert narrow.encode({"ids": edges})["ids"].tolist() == edges.tolist()
+
+
 def test_a_pair_of_values_and_lengths_is_one_request() -> None:
     values, lengths = np.array([1, 2, 3]), np.array([[1, 0], [0, 2]])
     sent = jagged().encode({"dense": DENSE, "sparse": (values, lengths)})

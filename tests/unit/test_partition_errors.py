@@ -53,6 +53,7 @@ def refused(tmp_path: Path, model: Any, example: Any, match: str, error: type[Ex
         ((torch.tensor(1),), r"tensor 0: found shape \[\]; allowed: a first dimension of at least 2"),
         ((IDS[:1],), r"tensor 0: found shape \[1\]; allowed: a first dimension of at least 2"),
         ((IDS.to(torch.int8),), "tensor 0: found dtype torch.int8; allowed: float32"),
+        ((IDS, torch.zeros(3, dtype=torch.bfloat16)), "tensor 1: found dtype torch.bfloat16; allowed: float32"),
         ((IDS.float(),), "the model itself refuses them: RuntimeError"),
         ((torch.tensor([1, 99]),), "the model itself refuses them: IndexError"),
     ],
@@ -98,6 +99,11 @@ def test_a_table_that_something_else_reads_is_refused(tmp_path: Path) -> None:
 
 def test_a_table_of_another_dtype_is_refused(tmp_path: Path) -> None:
     refused(tmp_path, Small().double(), IDS, r"(?s)table table.weight: found torch.float64.*remedy: partition model.float")
+
+
+def test_two_outputs_of_one_name_are_refused(tmp_path: Path) -> None:
+    model = Small(lambda self, ids: {1: self.table(ids), "1": self.top(self.table(ids))})
+    refused(tmp_path, model, IDS, "returns outputs named 1, 1; allowed: every name once")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -145,6 +145,35 @@ def test_index_arithmetic_becomes_the_index_program(tmp_path: Path) -> None:
     assert report.model.dense.inputs == ()
 
 
+def test_index_arithmetic_takes_a_batch_without_samples(tmp_path: Path) -> None:
+    partition_model(Hashing().eval(), (ids(1000, 4, 3), ids(1000, 4)), tmp_path / "out", name="m")
+    with Pipeline.open(tmp_path / "out") as pipeline:
+        assert pytree.tree_leaves(pipeline(ids(1000, 0, 3), ids(1000, 0)))[0].shape == (0, 1)
+
+
+class Awkward(nn.Module):
+    """Inputs and parameters with the names that a program gives its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.history = nn.Embedding(10, 4), nn.Embedding(10, 4)
+        self.top = nn.Linear(4, 2)
+        self.top_weight = nn.Parameter(torch.randn(2, 4))
+
+    def forward(self, ids: Tensor, pooled: Tensor, sequence_0: Tensor) -> dict[str, Tensor]:
+        vector = self.table(ids) + pooled + self.history(sequence_0).softmax(1).sum(1)
+        return {'a "b\\': self.top(vector) - vector @ self.top_weight.T}
+
+
+def test_names_may_be_those_that_a_program_would_choose(tmp_path: Path) -> None:
+    def make(batch: int) -> tuple[Tensor, Tensor, Tensor]:
+        return ids(10, batch), torch.randn(batch, 4), ids(10, batch, 3)
+
+    partition_and_compare(tmp_path, Awkward(), make(4), make)
+    config = (tmp_path / "out" / "model_repository" / "m" / "config.pbtxt").read_text()
+    assert r'{ name: "a \"b\\" data_type' in config
+
+
 class Interests(nn.Module):
     """A sequence that attention reads, one that is only averaged, a mask over ids, positions that never leave."""
 
