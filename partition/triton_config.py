@@ -64,8 +64,8 @@ def config_text(model: ModelSpec, options: TritonOptions) -> str:
         f'name: "{model.name}"',
         'backend: "python"',
         f"max_batch_size: {max_batch}  # {batch} that are merged at most",
-        _tensors("input", [_tensor(t, ragged=model.jagged, jagged=model.jagged) for t in tensors]),
-        _tensors("output", [_tensor(t, ragged=False, jagged=model.jagged) for t in model.outputs]),
+        _tensors("input", [_tensor(t, jagged=model.jagged, more=" allow_ragged_batch: true" * model.jagged) for t in tensors]),
+        _tensors("output", [_tensor(t, jagged=model.jagged, more=_reshape(t) * (not model.jagged)) for t in model.outputs]),
         "# 0: merge what is queued already, never wait for more.",
         f"dynamic_batching {{ max_queue_delay_microseconds: {options.max_queue_delay_us} }}",
         f"instance_group [ {{ count: {options.instances} kind: {kind} }} ]",
@@ -116,14 +116,14 @@ def _tensors(what: str, items: Sequence[str]) -> str:
     return f"{what} [\n" + ",\n".join(f"  {item}" for item in items) + "\n]"
 
 
-def _tensor(tensor: TensorSpec, *, ragged: bool, jagged: bool) -> str:
-    # Jagged: Triton's batch dimension is the request, so the sample dimension stays in dims.
-    dims = tensor.shape if jagged else tensor.shape[1:]
-    extra = ""
-    if not dims:
-        # Triton wants a dimension: callers see [batch, 1], the model [batch].
-        dims, extra = (1,), " reshape: { shape: [ ] }"
-    if ragged:
-        extra += " allow_ragged_batch: true"
+def _reshape(output: TensorSpec) -> str:
+    # Outputs only: with a reshaped input, Triton 2.51 ends at a request whose batch is empty. The ranker sees [batch, 1] there.
+    return " reshape: { shape: [ ] }" if len(output.shape) == 1 else ""
+
+
+def _tensor(tensor: TensorSpec, *, jagged: bool, more: str) -> str:
+    # Jagged: Triton's batch dimension is the request, so the sample dimension stays in dims. Else callers see [batch, 1]
+    # where the model has [batch]: Triton wants a dimension.
+    dims = tensor.shape if jagged else tensor.shape[1:] or (1,)
     name = json.dumps(tensor.name, ensure_ascii=False)  # JSON's quoting is protobuf text's too
-    return f"{{ name: {name} data_type: {_TYPES[tensor.dtype]} dims: [ {', '.join(map(str, dims))} ]{extra} }}"
+    return f"{{ name: {name} data_type: {_TYPES[tensor.dtype]} dims: [ {', '.join(map(str, dims))} ]{more} }}"

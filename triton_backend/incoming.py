@@ -78,6 +78,8 @@ class Reader:
     def _array(self, name: str, given: dict[str, Any]) -> NDArray[Any]:
         array = _numpy(name, given, self.jagged)
         shape, dtype = self._expected[name]
+        if not shape and array.shape[1:] == (1,):
+            array = array[:, 0]  # Triton wants a dimension besides the batch; the model has none
         if array.dtype != dtype or not _fits(array.shape[1:], shape) or array.ndim == 0:
             allowed = ", ".join(["samples", *(str(n) for n in shape)])
             raise LookupRejected(f"{name}: found {array.dtype} {list(array.shape)}; allowed: {dtype} [{allowed}]")

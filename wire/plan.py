@@ -180,6 +180,9 @@ def validate_plan(plan: Plan, *, where: str = "plan") -> None:
         twice = [name for name, n in Counter(names).items() if n > 1]
         if twice:
             raise PlanError(f"{where}: {kind}: {twice[0]!r} appears more than once; names must be unique")
+    for i, sidecar in enumerate(plan.sidecars):
+        if not 1 <= int(sidecar.address.rpartition(":")[2]) <= 65535:
+            raise PlanError(f"{where}: sidecars.{i}.address: found {sidecar.address!r}; allowed: host:port, ports 1 to 65535")
     for i, table in enumerate(plan.tables):
         if table.default_row >= table.rows:
             raise PlanError(f"{where}: tables.{i}.default_row: found {table.default_row}; allowed: 0 to {table.rows - 1}")

@@ -162,7 +162,8 @@ def test_weights_and_single_columns_have_their_triton_shape() -> None:
     assert '"user" data_type: TYPE_INT32 dims: [ -1 ]' in text
     fixed_only = model.model_copy(update={"inputs": model.inputs[3:], "features": model.features[1:]})
     text = config_text(fixed_only, TritonOptions())
-    assert '"user" data_type: TYPE_INT32 dims: [ 1 ] reshape: { shape: [ ] }' in text
+    assert '"user" data_type: TYPE_INT32 dims: [ 1 ] }' in text
+    assert '"score" data_type: TYPE_FP32 dims: [ 1 ] reshape: { shape: [ ] } }' in text
     taken = model.model_copy(update={"inputs": (*model.inputs, TensorSpec(name="sparse.values", dtype="int64", shape=(-1,)))})
     with pytest.raises(CutError, match=r"input 'sparse.values': this name is taken"):
         config_text(taken, TritonOptions())

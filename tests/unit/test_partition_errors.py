@@ -199,6 +199,7 @@ def test_more_sidecars_than_tables_are_refused(tmp_path: Path, sidecars: int) ->
     ("addresses", "match"),
     [
         (["127.0.0.1:1", "127.0.0.1:2"], "allowed: 1 different addresses"),
+        (["127.0.0.1:99999"], "sidecars.0.address: found .127.0.0.1:99999.; allowed: host:port, ports 1 to 65535"),
         (["nowhere"], "sidecars.0.address: found 'nowhere'; allowed: "),
     ],
 )

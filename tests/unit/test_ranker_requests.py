@@ -112,6 +112,20 @@ def test_a_single_id_matrix_is_looked_up_where_it_lies() -> None:
     assert (incoming.position, incoming.samples, list(incoming.inputs)) == (5, 2, ["dense"])
 
 
+def test_one_column_from_triton_is_an_input_without_columns() -> None:
+    source = FixedSource(input="ids", begin=0, end=1)
+    model = ModelSpec(
+        name="m",
+        inputs=(int64("ids"),),
+        features=(FeatureSource(feature="a", source=source),),
+        dense=DenseProgram(file="dense.pt2", inputs=("ids",)),
+        outputs=output(),
+    )
+    incoming = reader(model, plan("a")).read(0, Request({"ids": np.array([[3], [4]])}))
+    assert incoming.inputs["ids"].tolist() == [3, 4]
+    assert incoming.part[0].tolist() == [[3], [4]]
+
+
 def test_a_request_without_a_budget_gets_the_default() -> None:
     assert fixed_reader().read(0, fixed_request()).budget_ns == 250_000_000
 
