@@ -98,6 +98,15 @@ class RunningSidecar:
             self.process.stderr.close()
 
 
+def wait_until_stopped(pid: int) -> None:
+    """Until every thread of the process has taken its SIGSTOP."""
+    tasks = Path(f"/proc/{pid}/task")
+    deadline = time.monotonic() + PATIENCE_S
+    while any((task / "stat").read_text().rpartition(")")[2].split()[0] not in "Tt" for task in tasks.iterdir()):
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
 @contextmanager
 def started(config: Path, *options: str) -> Iterator[RunningSidecar]:
     """A sidecar that may not have come far yet; asked to stop at the end if it still runs."""

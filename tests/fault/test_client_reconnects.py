@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from lookup_world import SIDECARS, Bags, World, expected, random_bags, write_world
-from sidecar_process import ready
+from sidecar_process import ready, wait_until_stopped
 
 from sidepool.client import EmbeddingClient, Pooled
 from sidepool.client.lanes import Lane
@@ -71,15 +71,6 @@ def ask(client: EmbeddingClient, bags: Bags) -> Pooled:
 def assert_answers(client: EmbeddingClient, world: World) -> None:
     bags = random_bags(world.plan, 4, seed=1)
     np.testing.assert_allclose(ask(client, bags).out, expected(world.plan, world.rows, bags)[0], rtol=1e-5, atol=1e-5)
-
-
-def wait_until_stopped(pid: int) -> None:
-    """Until every thread of the process has taken its SIGSTOP."""
-    tasks = Path(f"/proc/{pid}/task")
-    deadline = time.monotonic() + 10
-    while any((task / "stat").read_text().rpartition(")")[2].split()[0] not in "Tt" for task in tasks.iterdir()):
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
 
 
 def seconds_until_it_answers(client: EmbeddingClient, world: World) -> float:
