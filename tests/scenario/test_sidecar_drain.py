@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from sidecar_process import PATIENCE_S, RunningSidecar, ready
+from slow_ranker import look_up_once
 from small_artifact import SmallArtifact, write_small_artifact
 
 from sidepool.client.embedding import EmbeddingClient
 from sidepool.client.lanes import Lane
 from sidepool.wire import control_pb2
 from sidepool.wire.errors import PlanError, SidepoolError
-from sidepool.wire.plan import Plan
 
 MIB = 1 << 20
 LANES: list[Lane] = ["shm", "tcp", "grpc"]
@@ -136,10 +136,12 @@ def test_what_a_lane_has_counted_stays_counted_when_it_closes(tmp_path: Path, la
             assert lane_counters()[:2] == (0, rounds)
 
 
-def look_up_once(plan: Plan, ids: NDArray[np.int64], lengths: NDArray[np.int32], out: Path) -> None:
-    """A ranker in a process of its own, so that it can be stopped while a response is on its way."""
-    with EmbeddingClient.connect(plan, lane="tcp") as client:
-        np.save(out, client.lookup(ids, lengths, deadline_ms=1000 * PATIENCE_S).out)
+def wait_until(sidecar: RunningSidecar, counter: str, value: int) -> None:
+    """Wait until an engine counter has reached `value`."""
+    deadline = time.monotonic() + PATIENCE_S
+    while engine_counters(sidecar)[counter] < value:
+        assert time.monotonic() < deadline, f"{counter} did not reach {value}"
+        threading.Event().wait(0.0005)
 
 
 def test_a_response_that_a_slow_ranker_has_not_taken_yet_is_in_flight(tmp_path: Path) -> None:
@@ -155,12 +157,10 @@ def test_a_response_that_a_slow_ranker_has_not_taken_yet_is_in_flight(tmp_path: 
     with ready(artifact.config) as (sidecar, _):
         ranker.start()
         try:
-            while engine_counters(sidecar)["in_flight"] == 0 and ranker.is_alive():
-                threading.Event().wait(0.0005)
+            wait_until(sidecar, "in_flight", 1)
             assert ranker.pid is not None
             os.kill(ranker.pid, signal.SIGSTOP)
-            while engine_counters(sidecar)["served"] == 0:
-                threading.Event().wait(0.001)
+            wait_until(sidecar, "served", 1)
             assert engine_counters(sidecar)["in_flight"] == 1
             sidecar.send(signal.SIGTERM)
             sidecar.wait_for("asked to stop")
