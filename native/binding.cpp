@@ -7,6 +7,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "client.hpp"
+#include "pooling.hpp"
 #include "reasons.hpp"
 #include "server.hpp"
 #include "tables.hpp"

@@ -36,7 +36,7 @@ struct Avx2 {
 
 }  // namespace
 
-void pool_avx2(Task& task) { pool<Avx2>(task); }
+void pool_avx2(PoolTask& task, Lookahead& ahead) { pool<Avx2>(task, ahead); }
 
 }  // namespace sidepool::kernels
 #endif

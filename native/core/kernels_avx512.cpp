@@ -32,7 +32,7 @@ struct Avx512 {
 
 }  // namespace
 
-void pool_avx512(Task& task) { pool<Avx512>(task); }
+void pool_avx512(PoolTask& task, Lookahead& ahead) { pool<Avx512>(task, ahead); }
 
 }  // namespace sidepool::kernels
 #endif

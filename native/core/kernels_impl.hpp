@@ -1,8 +1,8 @@
 // Pooling, once for every SIMD level: a level's file defines `Vector` (loads, stores, one lane-wise max and fma) and
 // calls pool<Vector>. Everything here has internal linkage, see kernels.hpp.
 //
-// Ids, lengths and weights may lie in memory that a peer can write at any moment. Each word is read exactly once, into
-// a register, checked there, and only the checked register is used.
+// Ids, lengths and weights may lie in memory that a peer can write at any moment. Each use of a word reads it into a
+// register, checks it there, and uses only the checked register.
 #pragma once
 #include "kernels.hpp"
 
@@ -16,54 +16,84 @@ inline T read_once(const T* p) {
   return word;
 }
 
-// Turns ids into row addresses a fixed distance ahead of their use, across bags, and starts fetching the rows.
-// An address is null where the id is outside the table and no row stands for it.
+// Turns ids into row addresses, and moves the lookahead on by a row for every row taken.
 class RowStream {
  public:
-  explicit RowStream(Task& task)
+  RowStream(PoolTask& task, Lookahead& ahead)
       : task_(task),
+        ahead_(ahead),
         values_(task.values),
-        count_(task.value_count),
         base_(task.base),
         rows_(uint64_t(task.rows)),
         row_bytes_(task.row_bytes),
-        ahead_(rows_ahead(task.row_bytes)),
-        lines_(lines_per_row(task.base, task.row_bytes)) {
-    const int64_t first = count_ < ahead_ ? count_ : ahead_;
-    for (int64_t i = 0; i < first; ++i) resolve(i);
+        window_(task.rows_ahead),
+        in_flight_(ahead.in_flight) {
+    enter();
+    while (in_flight_ < window_ && fetch_next()) ++in_flight_;
   }
+  ~RowStream() {
+    ahead_.next = next_;
+    ahead_.in_flight = in_flight_;
+  }
+  RowStream(const RowStream&) = delete;
+  RowStream& operator=(const RowStream&) = delete;
 
   // The row of id `i`; call with 0, 1, 2, … only, below value_count.
   inline const std::byte* take(int64_t i) {
-    const std::byte* row = ring_[i & kMask];
-    if (i + ahead_ < count_) resolve(i + ahead_);
-    return row;
+    // More are in flight than this feature wants where the one before had smaller rows.
+    if (in_flight_ > window_ || !fetch_next()) --in_flight_;
+    const int64_t id = read_once(values_ + i);
+    if (uint64_t(id) < rows_) [[likely]]
+      return base_ + id * row_bytes_;
+    return stand_in_row(task_, id);
   }
 
  private:
-  static constexpr int64_t kMask = kMaxRowsAhead - 1;
-  static_assert((kMaxRowsAhead & kMask) == 0, "the ring's size is a power of two");
-
-  inline void resolve(int64_t i) {
-    const int64_t id = read_once(values_ + i);
-    if (uint64_t(id) < rows_) [[likely]] {
-      const std::byte* row = base_ + id * row_bytes_;
-      prefetch_row(row, lines_);
-      ring_[i & kMask] = row;
-    } else {
-      ring_[i & kMask] = stand_in_row(task_, id);
+  // False at the end of the last feature.
+  inline bool fetch_next() {
+    while (next_ == fetched_.value_count) [[unlikely]] {
+      if (ahead_.task == ahead_.end || ++ahead_.task == ahead_.end) return false;
+      ahead_.next = 0;
+      enter();
     }
+    // Only a hint: the id is read and checked again when its row is taken.
+    const int64_t id = read_once(fetched_.values + next_++);
+    if (uint64_t(id) < fetched_.rows) [[likely]]
+      prefetch_row(fetched_.base + id * fetched_.row_bytes, fetched_.lines);
+    return true;
   }
 
-  Task& task_;
+  inline void enter() {
+    next_ = ahead_.next;
+    if (ahead_.task == ahead_.end) {
+      next_ = 0;
+      return;
+    }
+    const PoolTask& task = *ahead_.task;
+    fetched_ = {task.values,    task.base != nullptr ? task.value_count : 0,
+                task.base,      uint64_t(task.rows),
+                task.row_bytes, task.row_lines};
+  }
+
+  struct Fetched {
+    const int64_t* values = nullptr;
+    int64_t value_count = 0;
+    const std::byte* base = nullptr;
+    uint64_t rows = 0;
+    int64_t row_bytes = 0;
+    int64_t lines = 0;
+  };
+
+  PoolTask& task_;
+  Lookahead& ahead_;
   const int64_t* const values_;
-  const int64_t count_;
   const std::byte* const base_;
   const uint64_t rows_;
   const int64_t row_bytes_;
-  const int64_t ahead_;
-  const int64_t lines_;
-  const std::byte* ring_[kMaxRowsAhead];
+  const int64_t window_;
+  int64_t in_flight_;
+  int64_t next_;
+  Fetched fetched_;
 };
 
 template <class Vector>
@@ -118,7 +148,7 @@ inline void store_zeros(float* out, int64_t dim) {
   if (c < dim) Vector::store_part(out + c, zero, dim - c);
 }
 
-inline void refuse(Task& task, Reason reason, int64_t bag, int64_t value) {
+inline void refuse(PoolTask& task, Reason reason, int64_t bag, int64_t value) {
   task.reason = reason;
   task.bag = bag;
   task.value = value;
@@ -132,13 +162,13 @@ struct Bag {
 };
 
 // The next row of the bag, null at its end or, with task.reason set, at an id that is refused.
-inline const std::byte* next_row(Task& task, RowStream& rows, Bag& bag, int64_t& absent) {
+inline const std::byte* next_row(PoolTask& task, RowStream& rows, Bag& bag, int64_t& absent) {
   while (bag.next < bag.end) {
     const std::byte* row = rows.take(bag.next++);
     if (row != nullptr) [[likely]]
       return row;
     if (task.policy == OutOfRange::error) {
-      refuse(task, Reason::id_out_of_range, bag.index, task.first_bad_id);
+      refuse(task, Reason::id_out_of_range, bag.index, task.value);
       return nullptr;
     }
     ++absent;
@@ -149,7 +179,7 @@ inline const std::byte* next_row(Task& task, RowStream& rows, Bag& bag, int64_t&
 // Pools bags whose accumulators, N whole vectors, stay in registers.
 template <class Vector, class Format, class Combine, int N>
 struct InRegisters {
-  static void pool(Task& task, RowStream& rows, Bag& bag, float* out, int64_t& absent) {
+  static void pool(PoolTask& task, RowStream& rows, Bag& bag, float* out, int64_t& absent) {
     using Float = typename Vector::Float;
     const float* const weights = task.weights;
     const int64_t begin = bag.next;
@@ -189,7 +219,7 @@ struct InBlocks {
     bool first;
   };
 
-  static void pool(Task& task, RowStream& rows, Bag& bag, float* out, int64_t& absent) {
+  static void pool(PoolTask& task, RowStream& rows, Bag& bag, float* out, int64_t& absent) {
     int64_t count = 0;
     for (;;) {
       Group group;
@@ -261,7 +291,7 @@ struct InBlocks {
 // Pooling `none`: every id gives one row, at the id's own position in the output.
 template <class Vector, class Format>
 struct Unpooled {
-  static void pool(Task& task, RowStream& rows, Bag& bag, float*, int64_t& absent) {
+  static void pool(PoolTask& task, RowStream& rows, Bag& bag, float*, int64_t& absent) {
     while (bag.next < bag.end) {
       float* out = task.out + bag.next * task.out_stride;
       Bag one{bag.index, bag.next, bag.next + 1};
@@ -285,8 +315,8 @@ struct Unpooled {
 
 // Walks the bags: every length is read once and checked against the values that are left.
 template <class Pooler>
-void pool_bags(Task& task) {
-  RowStream rows(task);
+void pool_bags(PoolTask& task, Lookahead& ahead) {
+  RowStream rows(task, ahead);
   const int32_t* const lengths = task.lengths;
   int64_t position = 0;
   int64_t absent = 0;
@@ -310,37 +340,37 @@ void pool_bags(Task& task) {
 }
 
 template <class Vector, class Format, class Combine>
-void pool_by_dim(Task& task) {
+void pool_by_dim(PoolTask& task, Lookahead& ahead) {
   // The widths that trained models use. Eight accumulators fit every level's registers; 32 registers take sixteen.
   constexpr int64_t w = Vector::width;
-  if (task.dim == w) return pool_bags<InRegisters<Vector, Format, Combine, 1>>(task);
-  if (task.dim == 2 * w) return pool_bags<InRegisters<Vector, Format, Combine, 2>>(task);
-  if (task.dim == 4 * w) return pool_bags<InRegisters<Vector, Format, Combine, 4>>(task);
-  if (task.dim == 8 * w) return pool_bags<InRegisters<Vector, Format, Combine, 8>>(task);
+  if (task.dim == w) return pool_bags<InRegisters<Vector, Format, Combine, 1>>(task, ahead);
+  if (task.dim == 2 * w) return pool_bags<InRegisters<Vector, Format, Combine, 2>>(task, ahead);
+  if (task.dim == 4 * w) return pool_bags<InRegisters<Vector, Format, Combine, 4>>(task, ahead);
+  if (task.dim == 8 * w) return pool_bags<InRegisters<Vector, Format, Combine, 8>>(task, ahead);
   if constexpr (Vector::registers >= 32) {
-    if (task.dim == 16 * w) return pool_bags<InRegisters<Vector, Format, Combine, 16>>(task);
+    if (task.dim == 16 * w) return pool_bags<InRegisters<Vector, Format, Combine, 16>>(task, ahead);
   }
-  pool_bags<InBlocks<Vector, Format, Combine>>(task);
+  pool_bags<InBlocks<Vector, Format, Combine>>(task, ahead);
 }
 
 template <class Vector, class Format>
-void pool_by_mode(Task& task) {
+void pool_by_mode(PoolTask& task, Lookahead& ahead) {
   switch (task.pooling) {
     case Pooling::sum:
     case Pooling::mean:
-      if (task.weights != nullptr) return pool_by_dim<Vector, Format, WeightedSum<Vector>>(task);
-      return pool_by_dim<Vector, Format, Sum<Vector>>(task);
+      if (task.weights != nullptr) return pool_by_dim<Vector, Format, WeightedSum<Vector>>(task, ahead);
+      return pool_by_dim<Vector, Format, Sum<Vector>>(task, ahead);
     case Pooling::max:
-      return pool_by_dim<Vector, Format, Max<Vector>>(task);
+      return pool_by_dim<Vector, Format, Max<Vector>>(task, ahead);
     case Pooling::none:
-      return pool_bags<Unpooled<Vector, Format>>(task);
+      return pool_bags<Unpooled<Vector, Format>>(task, ahead);
   }
 }
 
 template <class Vector>
-void pool(Task& task) {
-  if (task.format == RowFormat::fp32) return pool_by_mode<Vector, Fp32<Vector>>(task);
-  pool_by_mode<Vector, Fp16<Vector>>(task);
+void pool(PoolTask& task, Lookahead& ahead) {
+  if (task.format == RowFormat::fp32) return pool_by_mode<Vector, Fp32<Vector>>(task, ahead);
+  pool_by_mode<Vector, Fp16<Vector>>(task, ahead);
 }
 
 }  // namespace

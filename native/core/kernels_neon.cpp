@@ -36,7 +36,7 @@ struct Neon {
 
 }  // namespace
 
-void pool_neon(Task& task) { pool<Neon>(task); }
+void pool_neon(PoolTask& task, Lookahead& ahead) { pool<Neon>(task, ahead); }
 
 }  // namespace sidepool::kernels
 #endif

@@ -58,6 +58,6 @@ struct Scalar {
 
 }  // namespace
 
-void pool_scalar(Task& task) { pool<Scalar>(task); }
+void pool_scalar(PoolTask& task, Lookahead& ahead) { pool<Scalar>(task, ahead); }
 
 }  // namespace sidepool::kernels

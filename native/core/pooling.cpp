@@ -1,8 +1,10 @@
 // Which kernel pools a feature, and what an id outside its table stands for.
+#include "pooling.hpp"
+
 #include <algorithm>
+#include <atomic>
 
 #include "kernels.hpp"
-#include "tables.hpp"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -46,6 +48,27 @@ constexpr Level kLevels[] = {
     {"scalar", [] { return true; }, kernels::pool_scalar},
 };
 
+// How many rows lie between the start of a row's fetch and its use: enough to cover the memory's latency, few enough to
+// stay in a 32 KiB L1 cache until then. Random ids over 26 tables of 200,000 rows of 256 bytes, one thread of a Zen 5,
+// 32 / 48 / 64 rows: 128 bags of 20 ids 530, 524, 544 µs; with eight of ten ids hot 346, 290, 260 µs.
+constexpr int64_t kMaxRowsAhead = 64;
+constexpr int64_t kMinRowsAhead = 4;
+constexpr int64_t kBytesAhead = 12 << 10;
+// Past this many lines the hardware's own prefetcher has caught on to a row.
+constexpr int64_t kMaxLinesPerRow = 16;
+
+int32_t rows_ahead(int64_t row_bytes) {
+  return int32_t(std::clamp(kBytesAhead / row_bytes, kMinRowsAhead, kMaxRowsAhead));
+}
+
+// A row that does not start on a line may touch one more.
+int32_t row_lines(const std::byte* base, int64_t row_bytes) {
+  const bool aligned =
+      reinterpret_cast<uintptr_t>(base) % kernels::kLineBytes == 0 && row_bytes % kernels::kLineBytes == 0;
+  const int64_t lines = (row_bytes + kernels::kLineBytes - 1) / kernels::kLineBytes + (aligned ? 0 : 1);
+  return int32_t(std::min(lines, kMaxLinesPerRow));
+}
+
 std::atomic<const Level*> level_in_use{nullptr};
 
 // Threads that meet here for the first time detect the same level: no lock is needed.
@@ -71,35 +94,25 @@ int64_t hashed_row(int64_t id, int64_t rows) {
   return int64_t(h % uint64_t(rows));
 }
 
-const std::byte* kernels::stand_in_row(Task& task, int64_t id) {
+const std::byte* kernels::stand_in_row(PoolTask& task, int64_t id) {
+  ++task.out_of_range;
   switch (task.policy) {
     case OutOfRange::error:
-      // Ids are looked at ahead of their use: only the first bad one is reported and counted.
-      if (task.out_of_range == 0) task.first_bad_id = id;
-      task.out_of_range = 1;
+      task.value = id;
       return nullptr;
     case OutOfRange::zero:
-      ++task.out_of_range;
       return nullptr;
     case OutOfRange::default_row:
-      ++task.out_of_range;
       return task.base + task.default_row * task.row_bytes;
     case OutOfRange::hash:
-      ++task.out_of_range;
       return task.base + hashed_row(id, task.rows) * task.row_bytes;
   }
   return nullptr;
 }
 
-Fault pool_feature(const Table& table, Pooling pooling, const BagInput& input, float* out, int64_t out_stride,
-                   PoolCounts& counts) {
-  kernels::Task task{};
+PoolTask pool_task(const Table& table, Pooling pooling, const BagInput& input, float* out, int64_t out_stride) {
+  PoolTask task{};
   task.base = table.base.load(std::memory_order_acquire);
-  Fault fault;
-  if (task.base == nullptr) {
-    fault.status = Status::internal;
-    return fault;
-  }
   task.rows = table.rows;
   task.row_bytes = int64_t(row_bytes(table.format, table.dim));
   task.dim = table.dim;
@@ -112,10 +125,21 @@ Fault pool_feature(const Table& table, Pooling pooling, const BagInput& input, f
   task.out_stride = out_stride;
   task.fixed_length = input.fixed_length;
   task.batch = input.batch;
+  task.rows_ahead = task.row_bytes > 0 ? rows_ahead(task.row_bytes) : 0;
+  task.row_lines = row_lines(task.base, task.row_bytes);
   task.format = table.format;
   task.policy = table.policy;
   task.pooling = pooling;
-  current_level().pool(task);
+  return task;
+}
+
+Fault pool(PoolTask& task, Lookahead& ahead, PoolCounts& counts) {
+  Fault fault;
+  if (task.base == nullptr) {
+    fault.status = Status::internal;
+    return fault;
+  }
+  current_level().pool(task, ahead);
   counts.rows_read += task.rows_read;
   counts.out_of_range += task.out_of_range;
   if (task.reason != Reason::none) {
@@ -127,16 +151,11 @@ Fault pool_feature(const Table& table, Pooling pooling, const BagInput& input, f
   return fault;
 }
 
-void prefetch_feature(const Table& table, const BagInput& input) {
-  const std::byte* base = table.base.load(std::memory_order_acquire);
-  if (base == nullptr) return;
-  const int64_t bytes = int64_t(row_bytes(table.format, table.dim));
-  const int64_t lines = kernels::lines_per_row(base, bytes);
-  const int64_t count = std::min(input.value_count, kernels::rows_ahead(bytes));
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t id = __atomic_load_n(input.values + i, __ATOMIC_RELAXED);
-    if (uint64_t(id) < uint64_t(table.rows)) kernels::prefetch_row(base + id * bytes, lines);
-  }
+Fault pool_feature(const Table& table, Pooling pooling, const BagInput& input, float* out, int64_t out_stride,
+                   PoolCounts& counts) {
+  PoolTask task = pool_task(table, pooling, input, out, out_stride);
+  Lookahead ahead(&task, 1);
+  return pool(task, ahead, counts);
 }
 
 std::string simd_level() { return current_level().name; }

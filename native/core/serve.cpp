@@ -1,6 +1,7 @@
 #include "serve.hpp"
 
 #include "clock.hpp"
+#include "pooling.hpp"
 
 namespace sidepool {
 namespace {
@@ -53,41 +54,56 @@ void describe(ResponseHeader& header, const Fault& fault) {
   header.fault_value = fault.value;
 }
 
-Fault pool_all(const TableSet& tables, const ServeInput& input, ResponseSink& sink, TableCounters* counters) {
+struct Work {
+  int32_t table;
+  size_t block;  // bytes of the response
+};
+
+// What to pool, for every feature of the request; refuses a request that names features or sizes it must not.
+// Both vectors keep their memory from lookup to lookup.
+Fault plan_work(const TableSet& tables, const ServeInput& input, std::vector<PoolTask>& tasks, std::vector<Work>& work) {
   const ParsedRequest& request = *input.request;
-  const size_t features = request.entries.size();
+  tasks.clear();
+  work.clear();
   BagCursor cursor(request);
-  BagInput upcoming = features > 0 ? cursor.next(request.entries[0]) : BagInput{};
   size_t used = 0;
-  for (size_t i = 0; i < features; ++i) {
-    const FeatureEntry& entry = request.entries[i];
-    Fault fault = check_entry(tables, entry);
+  for (const FeatureEntry& entry : request.entries) {
+    const Fault fault = check_entry(tables, entry);
     if (fault.status != Status::ok) return fault;
     const Feature& feature = tables.feature(int32_t(entry.feature));
     const Table& table = tables.table(feature.table);
     const size_t block = block_bytes(feature, table.dim, request.header.batch, entry.value_count);
     if (block > input.payload_capacity - used)
       return {Status::rejected, Reason::too_large, int32_t(entry.feature), -1, int64_t(used + block)};
-    const BagInput bags = upcoming;
-    if (i + 1 < features) {
-      upcoming = cursor.next(request.entries[i + 1]);
-      if (check_entry(tables, request.entries[i + 1]).status == Status::ok)
-        prefetch_feature(tables.table(tables.feature(int32_t(request.entries[i + 1].feature)).table), upcoming);
-    }
+    tasks.push_back(pool_task(table, feature.pooling, cursor.next(entry), reinterpret_cast<float*>(input.payload + used), table.dim));
+    work.push_back({feature.table, block});
+    used += block;
+  }
+  return {};
+}
+
+Fault pool_all(const TableSet& tables, const ServeInput& input, ResponseSink& sink, TableCounters* counters) {
+  thread_local std::vector<PoolTask> tasks;
+  thread_local std::vector<Work> work;
+  Fault fault = plan_work(tables, input, tasks, work);
+  if (fault.status != Status::ok) return fault;
+  Lookahead ahead(tasks.data(), tasks.size());
+  size_t used = 0;
+  for (size_t i = 0; i < tasks.size(); ++i) {
     PoolCounts counts;
-    fault = pool_feature(table, feature.pooling, bags, reinterpret_cast<float*>(input.payload + used), table.dim, counts);
+    fault = pool(tasks[i], ahead, counts);
     if (counters != nullptr) {
-      TableCounters& c = counters[feature.table];
+      TableCounters& c = counters[work[i].table];
       c.lookups.add();
       c.rows.add(counts.rows_read);
-      c.bytes.add(counts.rows_read * int64_t(row_bytes(table.format, table.dim)));
+      c.bytes.add(counts.rows_read * tasks[i].row_bytes);
       c.out_of_range.add(counts.out_of_range);
     }
     if (fault.status != Status::ok) {
-      fault.feature = int32_t(entry.feature);
+      fault.feature = int32_t(input.request->entries[i].feature);
       return fault;
     }
-    used += block;
+    used += work[i].block;
     sink.progress(uint32_t(i + 1), used);
   }
   return {};

@@ -1,4 +1,4 @@
-// The tables one process serves under one plan epoch, and pooling over them. No Python, no locks per lookup.
+// The tables one process serves under one plan epoch.
 #pragma once
 #include <atomic>
 #include <cstddef>
@@ -39,22 +39,6 @@ struct Feature {
   int32_t table = -1;  // -1: not held here
   Pooling pooling = Pooling::sum;
   bool weighted = false;
-};
-
-// One feature of one subrequest. `values` and `lengths` may lie in memory a peer can still write: every word is
-// read once, checked, then used.
-struct BagInput {
-  const int64_t* values = nullptr;
-  int64_t value_count = 0;
-  const int32_t* lengths = nullptr;  // null: every bag has fixed_length ids
-  int32_t fixed_length = 1;
-  int32_t batch = 0;
-  const float* weights = nullptr;  // null: unweighted
-};
-
-struct PoolCounts {
-  int64_t rows_read = 0;
-  int64_t out_of_range = 0;
 };
 
 class TableSet {
@@ -101,30 +85,6 @@ class TableSet {
   std::atomic<int64_t> huge_bytes_{0};
   bool sealed_ = false;
 };
-
-// Pool one feature: `out` gets `[batch, dim]` fp32 rows `out_stride` floats apart (for `none`: `[value_count, dim]`).
-// Rows are added in the order of their ids. Empty bags give zeros (torch's embedding_bag); a `sum` bag of one id is an
-// exact copy of its row.
-// Weights multiply the rows of sum and mean, and mean divides by the number of ids: Σ w·row ÷ count (not ÷ Σ w). max
-// and none ignore them.
-// Under policy `error` the first bad id stops with Status::rejected, id_out_of_range, bag, id. Under `zero` a bad id is
-// as if it were absent: it adds nothing to sum, does not count for mean, cannot win max; `none` gives a row of zeros.
-// Lengths that are negative or do not add up stop with Status::rejected as well; nothing outside `out` is ever written,
-// and what a stopped call left in `out` is unspecified. A table that was never added gives Status::internal.
-// `Fault::feature` is left to the caller. No allocation, lock or system call.
-Fault pool_feature(const Table& table, Pooling pooling, const BagInput& input, float* out, int64_t out_stride,
-                   PoolCounts& counts);
-
-// Start fetching the first rows of a feature that will be pooled next. Ids are checked; bad ones are skipped.
-void prefetch_feature(const Table& table, const BagInput& input);
-
-// The row an out-of-range id stands for under policy `hash`: the same function on every machine, for ever.
-int64_t hashed_row(int64_t id, int64_t rows);
-
-// SIMD levels: "avx512", "avx2", "neon", "scalar".
-std::string simd_level();
-std::vector<std::string> simd_levels();
-void force_simd_level(const std::string& level);  // Error(plan) where it cannot run
 
 // CRC-32C (Castagnoli), hardware where there is some. `seed` is the CRC so far.
 uint32_t crc32c(const void* data, size_t bytes, uint32_t seed = 0);

@@ -1,4 +1,6 @@
 // Pooling, tables and CRC-32C against naive definitions, at every SIMD level of this machine.
+#include "pooling.hpp"
+
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -330,6 +332,41 @@ void lengths_that_do_not_add_up_are_refused() {
   }
 }
 
+// The lookahead crosses features of other row sizes, without ids, with ids outside their table.
+void features_pooled_with_one_lookahead_are_those_pooled_alone() {
+  for (int round = 0; round < 40; ++round) {
+    std::vector<std::unique_ptr<Rows>> tables;
+    std::vector<Bags> bags;
+    std::vector<std::vector<float>> together, alone;
+    std::vector<PoolTask> tasks;
+    const auto features = size_t(random_int(1, 30));
+    for (size_t f = 0; f < features; ++f) {
+      constexpr int32_t dims[] = {1, 8, 64, 128, 300, 4096};
+      const int32_t dim = dims[random_int(0, 5)];
+      tables.push_back(
+          std::make_unique<Rows>(random_int(1, 40), dim, random_int(0, 1) ? RowFormat::fp32 : RowFormat::fp16));
+      tables.back()->table.policy = random_int(0, 1) ? OutOfRange::zero : OutOfRange::hash;
+      const int32_t batch = int32_t(random_int(0, 4));
+      bags.push_back(random_bags(tables.back()->rows + random_int(0, 2), batch, random_int(0, 3) ? 5 : 80));
+      together.emplace_back(size_t(batch * dim), kCanary);
+      alone.emplace_back(size_t(batch * dim), kCanary);
+    }
+    for (size_t f = 0; f < features; ++f)
+      tasks.push_back(
+          pool_task(tables[f]->table, kPoolings[round % 3], bags[f].input(false), together[f].data(), tables[f]->dim));
+    Lookahead ahead(tasks.data(), tasks.size());
+    for (size_t f = 0; f < features; ++f) {
+      PoolCounts counts, own;
+      const Fault fault = pool(tasks[f], ahead, counts);
+      pool_feature(tables[f]->table, kPoolings[round % 3], bags[f].input(false), alone[f].data(), tables[f]->dim, own);
+      expect(fault.status == Status::ok, "one lookahead: status");
+      expect(together[f] == alone[f], "one lookahead: feature " + std::to_string(f));
+      expect(counts.rows_read == own.rows_read && counts.out_of_range == own.out_of_range, "one lookahead: counts");
+    }
+    expect(ahead.in_flight == 0, "one lookahead: every row fetched ahead was pooled");
+  }
+}
+
 void bags_of_a_fixed_length_need_no_lengths() {
   const Rows rows(100, 64, RowFormat::fp32);
   for (const int32_t length : {0, 1, 2, 20}) {
@@ -456,8 +493,10 @@ void a_peer_that_rewrites_ids_and_lengths_cannot_cause_a_bad_access() {
   for (int round = 0; round < 20000 && (round < 2000 || answered == 0 || refused == 0); ++round) {
     const BagInput input{values.data(), count, lengths.data(), 1, int32_t(count), nullptr};
     PoolCounts counts;
-    const Fault fault = pool_feature(rows.table, kPoolings[round % 4], input, out.data(), 64, counts);
-    prefetch_feature(rows.table, input);
+    PoolTask tasks[] = {pool_task(rows.table, kPoolings[round % 4], input, out.data(), 64),
+                        pool_task(rows.table, Pooling::sum, input, out.data(), 64)};
+    Lookahead ahead(tasks, 2);
+    const Fault fault = pool(tasks[0], ahead, counts);
     (fault.status == Status::ok ? answered : refused) += 1;
     expect(counts.rows_read <= count, "hostile peer: rows_read");
   }
@@ -663,6 +702,7 @@ int main() {
     RUN_AT(level, the_first_bad_id_is_refused_with_its_bag);
     RUN_AT(level, lengths_that_do_not_add_up_are_refused);
     RUN_AT(level, bags_of_a_fixed_length_need_no_lengths);
+    RUN_AT(level, features_pooled_with_one_lookahead_are_those_pooled_alone);
     RUN_AT(level, a_bag_of_one_id_is_a_bit_exact_copy);
     RUN_AT(level, every_half_widens_exactly);
     RUN_AT(level, rows_are_added_in_the_order_of_their_ids);
