@@ -60,6 +60,25 @@ def pool(tables: TableSet, feature: int, values: NDArray[np.int64], lengths: NDA
          weights: NDArray[np.float32] | None, out: NDArray[np.float32]) -> tuple[int, int, int, int]:
     """Pool one feature into `out` (`[batch, dim]`; `[nnz, dim]` for `none`): `(status, reason, bag, id)`, zeros when OK."""
 
+class PreparedFrames:
+    """Request frames answered over and over, with no lane around them: what `sidepool bench pool` measures.
+
+    Owns a copy of the frames and one payload buffer; keeps the tables. One thread at a time; the GIL is released.
+    """
+
+    def __init__(self, tables: TableSet, frames: Sequence[bytes]) -> None:
+        """`NativeError` where a frame is no request, or names a feature or id that is not held. Promote the tables before."""
+    def serve(self, first: int, count: int) -> int:
+        """Parse and answer frames `[first, first + count)` as an engine does; returns the first status that is not OK."""
+    def read_rows(self, first: int, count: int, bytes_ahead: int) -> int:
+        """Read every cache line of the same rows in the same order and compute nothing: the gather ceiling.
+
+        Fetching a row begins `bytes_ahead` of rows before it is read.
+        """
+    def payload(self) -> bytes:
+        """What `serve` pooled last: one `[batch, dim]` block per feature, padded to 64 bytes."""
+    def __len__(self) -> int: ...
+
 class SidecarServer:
     """The engines of a sidecar: native threads that own lanes and answer lookups. Thread-safe."""
 

@@ -7,6 +7,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "client.hpp"
+#include "prepared.hpp"
 #include "pooling.hpp"
 #include "reasons.hpp"
 #include "server.hpp"
@@ -367,6 +368,10 @@ nb::dict inspect_frame(nb::bytes bytes) {
   return d;
 }
 
+void check_range(const PreparedFrames& frames, size_t first, size_t count) {
+  if (first > frames.size() || count > frames.size() - first) throw nb::index_error("frames");
+}
+
 nb::tuple pool_one(const PyTables& tables, int32_t feature, Array<int64_t> values, Array<int32_t> lengths,
                    std::optional<Array<float>> weights, Rows out) {
   const TableSet& set = *tables.set;
@@ -454,6 +459,26 @@ NB_MODULE(_native, m) {
       .def_prop_ro("epoch", [](const PyTables& self) { return self.set->epoch(); })
       .def_prop_ro("bytes", [](const PyTables& self) { return self.set->bytes(); })
       .def_prop_ro("huge_bytes", [](const PyTables& self) { return self.set->huge_bytes(); });
+
+  nb::class_<PreparedFrames>(m, "PreparedFrames")
+      .def("__init__", [](PreparedFrames* self, const PyTables& tables, const std::vector<nb::bytes>& frames) {
+            if (!tables.set->sealed()) throw nb::value_error("tables: seal() them first");
+            PreparedFrames prepared(tables.set);
+            for (const nb::bytes& frame : frames) prepared.add({frame.c_str(), frame.size()});
+            new (self) PreparedFrames(std::move(prepared));
+          }, "tables"_a, "frames"_a)
+      .def("serve", [](PreparedFrames& self, size_t first, size_t count) {
+            check_range(self, first, count);
+            nb::gil_scoped_release release;
+            return int(self.serve(first, count));
+          }, "first"_a, "count"_a)
+      .def("read_rows", [](const PreparedFrames& self, size_t first, size_t count, int64_t bytes_ahead) {
+            check_range(self, first, count);
+            nb::gil_scoped_release release;
+            return self.read_rows(first, count, bytes_ahead);
+          }, "first"_a, "count"_a, "bytes_ahead"_a)
+      .def("payload", [](const PreparedFrames& self) { return nb::bytes(self.payload().data(), self.payload().size()); })
+      .def("__len__", &PreparedFrames::size);
 
   nb::class_<SidecarServer>(m, "SidecarServer")
       .def(nb::init<int, uint32_t, uint32_t, uint64_t>(), nb::kw_only(), "engines"_a, "spin_us"_a, "max_lanes"_a, "max_frame_bytes"_a)
