@@ -54,6 +54,7 @@ class Ranker:
             lane=parameters.lane,
             spin_us=parameters.spin_us,
             shards_dir=settings.shards,
+            tls=settings.tls,
             require_all=False,
             fixed_columns=router.fixed_columns,
             name=f"ranker {settings.name}",

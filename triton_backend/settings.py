@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from sidepool.client.lanes import TlsFiles
 from sidepool.wire.config import Frozen, decode
 from sidepool.wire.errors import ConfigError
 
@@ -31,6 +32,13 @@ class RankerParameters(Frozen):
     """Directory with plan.yaml and model.yaml, absolute or relative to the model's version directory; default: that directory."""
     shards: str = ""
     """Directory with the shard directories, for `lane: local` only; relative to the version directory."""
+    tls_ca: str = ""
+    """PEM file of the authorities that sign the sidecars' certificates; given, the control plane is encrypted. Like the next
+    two, absolute or relative to the version directory."""
+    tls_cert: str = ""
+    """This ranker's own certificate chain, for sidecars that ask for one (mutual TLS)."""
+    tls_key: str = ""
+    """The private key of `tls_cert`."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,7 @@ class Settings:
     version: str
     artifact: Path
     shards: Path | None
+    tls: TlsFiles | None
     device: str
     """`cpu`, or `cuda:N` where the instance kind is GPU."""
     parameters: RankerParameters
@@ -59,9 +68,17 @@ def read_settings(args: dict[str, str]) -> Settings:
         version=args["model_version"],
         artifact=version / parameters.artifact,
         shards=version / parameters.shards if parameters.shards else None,
+        tls=_tls(parameters, version, where),
         device=f"cuda:{args['model_instance_device_id']}" if gpu else "cpu",
         parameters=parameters,
     )
+
+
+def _tls(parameters: RankerParameters, version: Path, where: str) -> TlsFiles | None:
+    ca, cert, key = (version / file if file else None for file in (parameters.tls_ca, parameters.tls_cert, parameters.tls_key))
+    if ca is None and (cert or key):
+        raise ConfigError(f"{where}: tls_ca: missing; tls_cert and tls_key go with it")
+    return TlsFiles(ca=ca, cert=cert, key=key) if ca is not None else None
 
 
 def _typed(name: str, text: str, where: str) -> Any:
