@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import logging
+import socket
+import sys
+import threading
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import accumulate
 from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler
 
 import prometheus_client
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.exposition import ThreadingWSGIServer
 from prometheus_client.registry import Collector
 
 import sidepool
 from sidepool import _native
+from sidepool.sidecar import logs
 from sidepool.sidecar.config import join_endpoint, split_endpoint
 from sidepool.sidecar.serving import Serving, State
 from sidepool.wire.errors import ConfigError
@@ -20,6 +27,11 @@ from sidepool.wire.errors import ConfigError
 PREFIX = "sidepool_sidecar_"
 # The engine number under which `stats()` sums up the lanes that have closed.
 CLOSED = -1
+
+# A scraper sends its request at once; whoever does not holds a thread for no longer than this.
+SILENCE_S = 5.0
+# A few scrapers, and strangers besides; each connection costs a thread.
+MAX_CONNECTIONS = 64
 
 Label = tuple[str, ...]
 
@@ -81,6 +93,44 @@ class SidecarCollector(Collector):
         yield _gauge("huge_page_bytes", "Row bytes held in huge-page memory", {(): held.huge_bytes}, [])
 
 
+class _Handler(WSGIRequestHandler):
+    """Answers one scrape. A peer that says nothing for `timeout` seconds is cut off (socketserver.StreamRequestHandler)."""
+
+    timeout = SILENCE_S
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Scrapes are not events."""
+
+
+class _BoundedServer(ThreadingWSGIServer):
+    """A thread per connection, at most `MAX_CONNECTIONS`; a further peer is hung up on."""
+
+    # socketserver's 5 would make a burst of scrapers wait for TCP's retransmissions.
+    request_queue_size = MAX_CONNECTIONS
+
+    def __init__(self, host: str, port: int, registry: prometheus_client.CollectorRegistry) -> None:
+        self.address_family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        self._free = threading.BoundedSemaphore(MAX_CONNECTIONS)
+        super().__init__((host, port), _Handler)
+        self.set_app(prometheus_client.make_wsgi_app(registry))
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if self._free.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._free.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """What a peer sends, or does not, must not fill the log."""
+        logs.log(logging.DEBUG, "scrape failed", peer=str(client_address), error=repr(sys.exception()))
+
+
 class MetricsServer:
     """The HTTP server of the endpoint, on daemon threads of its own."""
 
@@ -90,9 +140,11 @@ class MetricsServer:
         registry.register(SidecarCollector(serving))
         host, port = split_endpoint(endpoint)
         try:
-            self._server, self._thread = prometheus_client.start_http_server(port, host, registry)
+            self._server = _BoundedServer(host, port, registry)
         except OSError as e:
             raise ConfigError(f"listen.metrics: found {endpoint!r}: {e.strerror or e}; allowed: a free host:port") from e
+        self._thread = threading.Thread(target=self._server.serve_forever, name="metrics", daemon=True)
+        self._thread.start()
         self.address = join_endpoint(host, self._server.server_port)
         """`host:port` actually bound."""
 

@@ -40,7 +40,7 @@ def load_yaml(path: Path, kind: type[T], *, error: type[SidepoolError] = ConfigE
     try:
         data = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except yaml.YAMLError as e:
-        raise error(f"{path}: not valid YAML: {e}") from e
+        raise error(f"{path}: not valid YAML: {' '.join(str(e).split())}") from e  # in one line, as every error
     return decode(data, kind, where=str(path), error=error)
 
 
