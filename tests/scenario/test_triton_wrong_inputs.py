@@ -138,6 +138,14 @@ def test_bags_without_ids_score_as_in_torch(jagged: Served) -> None:
     jagged.check_serving()
 
 
+def test_a_million_rows_in_one_request_score_as_in_torch(jagged: Served) -> None:
+    arrays = jagged.request(20_000, seed=5)
+    assert arrays["sparse.values"].size > 1_000_000
+    scores = jagged.infer(arrays, parameters={"deadline_ms": 60_000})
+    np.testing.assert_allclose(scores, jagged.expected(20_000, seed=5), atol=1e-5)
+    jagged.check_serving()
+
+
 @pytest.mark.parametrize(
     ("deadline_ms", "code", "said"),
     [(0, "[DEADLINE]", "spent"), (0.001, "[DEADLINE]", ""), ("soon", "[REJECTED]", "soon"), (1e12, "[REJECTED]", "at most")],
