@@ -174,8 +174,8 @@ class TritonServer:
             region.unlink(missing_ok=True)
 
     def kill(self) -> None:
-        """End the server and its stubs at once, as the end of a container would. `stop` removes what is left."""
-        os.killpg(self.pid, signal.SIGKILL)
+        """End the server process as a crash would; its stubs are left to notice. `stop` removes what is left."""
+        os.kill(self.pid, signal.SIGKILL)
 
     def get_json(self, path: str) -> Any:
         """GET a path of the HTTP API and decode the JSON answer; raises `TransportError`."""

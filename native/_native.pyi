@@ -166,6 +166,9 @@ class LookupClient:
 def reason_text(reason: int) -> str:
     """A sentence template for a verdict's reason number, with {feature}, {bag} and {value} to fill in."""
 
+def end_with_parent(grace_s: float) -> None:
+    """End this process `grace_s` after its parent has ended, without the GIL and whatever its threads wait for."""
+
 def crc32c(data: Any, seed: int = 0) -> int:
     """CRC-32C of a contiguous buffer (bytes, memoryview, array), continuing from `seed`; GIL released."""
 

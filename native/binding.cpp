@@ -7,6 +7,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "client.hpp"
+#include "parent.hpp"
 #include "prepared.hpp"
 #include "pooling.hpp"
 #include "reasons.hpp"
@@ -419,6 +420,7 @@ NB_MODULE(_native, m) {
   m.def("reason_text", [](int reason) { return std::string(reason_text(Reason(reason))); }, "reason"_a);
   m.def("inspect_frame", &inspect_frame, "frame"_a);
   m.def("pool", &pool_one, "tables"_a, "feature"_a, "values"_a, "lengths"_a, "weights"_a.none(), "out"_a.noconvert());
+  m.def("end_with_parent", [](double grace_s) { end_with_parent(uint64_t(grace_s * 1e9)); }, "grace_s"_a);
   m.def(
       "crc32c",
       [](nb::object data, uint32_t seed) {

@@ -21,9 +21,11 @@ class TritonPythonModel:
         """Read the artifact, connect to the sidecars, load the dense program. An error here fails the model's load."""
         import triton_python_backend_utils as pb_utils
 
+        from sidepool.triton_backend.orphan import end_with_server
         from sidepool.triton_backend.ranker import Ranker
         from sidepool.triton_backend.settings import read_settings
 
+        end_with_server()
         self._ranker: Ranker = Ranker(read_settings(args), pb_utils)
 
     def execute(self, requests: list[Any]) -> list[Any]:
