@@ -21,7 +21,7 @@ from sidepool.partition.triton_config import SHIM, TritonOptions, config_text
 from sidepool.wire.checksum import crc32c
 from sidepool.wire.errors import CutError
 from sidepool.wire.model import MODEL_FILE, PLAN_FILE, save_model
-from sidepool.wire.plan import Plan, RowFormat, Table, save_plan
+from sidepool.wire.plan import Plan, RowFormat, SidecarAddress, Table, save_plan
 from sidepool.wire.shards import ShardFile, ShardManifest, save_manifest
 
 # Rows that are checked and summed at a time: 16 MB of dim 64, so that a table is never copied as a whole.
@@ -42,18 +42,18 @@ def write_artifact(
 ) -> None:
     """Write everything. `weights`: the tables, by name; `programs`: file name → content. Raises `CutError`; leaves no half."""
     try:
-        with _replacing(out_dir) as staging:
+        with replacing(out_dir) as staging:
             save_plan(report.plan, staging / PLAN_FILE)
             report.write(staging)
             _write_repository(staging / "model_repository" / report.model.name, report, programs, options)
             for index in range(len(report.plan.sidecars)):
-                _write_sidecar(staging / "sidecars" / report.plan.sidecars[index].name, report.plan, index, weights)
+                _write_sidecar(staging, report.plan, index, weights)
     except OSError as e:
         raise CutError(f"out: {out_dir} cannot be written: {e}") from e
 
 
 @contextmanager
-def _replacing(out_dir: Path) -> Iterator[Path]:
+def replacing(out_dir: Path) -> Iterator[Path]:
     """A staging directory beside `out_dir` that takes its place at the end, or vanishes on any error."""
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     staging = out_dir.parent / f".{out_dir.name}.{os.getpid()}.partial"
@@ -89,10 +89,10 @@ def _write_repository(directory: Path, report: PartitionReport, programs: Mappin
         (version / file).write_bytes(content)
 
 
-def _write_sidecar(directory: Path, plan: Plan, index: int, weights: Mapping[str, Tensor]) -> None:
-    shards = directory / "shards"
+def make_sidecar_directory(directory: Path, sidecar: SidecarAddress) -> Path:
+    """Make a sidecar's directory below the one of `plan.yaml`, with its `sidecar.yaml`; returns the one for its shards."""
+    shards = directory / "sidecars" / sidecar.name / "shards"
     shards.mkdir(parents=True)
-    sidecar = plan.sidecars[index]
     config = {
         "version": 1,
         "name": sidecar.name,
@@ -100,9 +100,20 @@ def _write_sidecar(directory: Path, plan: Plan, index: int, weights: Mapping[str
         "shards": "shards",
         "listen": {"grpc": sidecar.address, "tcp": "127.0.0.1:0", "unix": None, "metrics": "127.0.0.1:0"},
     }
-    (directory / "sidecar.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-    held = [(i, t) for i, (t, owner) in enumerate(zip(plan.tables, plan.sidecar_of_table, strict=True)) if owner == index]
-    files = tuple(_write_table(shards, f"table-{i:04d}.safetensors", table, weights[table.name]) for i, table in held)
+    (shards.parent / "sidecar.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    return shards
+
+
+def tables_of(plan: Plan, sidecar: int) -> list[tuple[str, Table]]:
+    """The tables that a sidecar holds, each with the name of its file."""
+    held = [i for i, owner in enumerate(plan.sidecar_of_table) if owner == sidecar]
+    return [(f"table-{i:04d}.safetensors", plan.tables[i]) for i in held]
+
+
+def _write_sidecar(directory: Path, plan: Plan, index: int, weights: Mapping[str, Tensor]) -> None:
+    sidecar = plan.sidecars[index]
+    shards = make_sidecar_directory(directory, sidecar)
+    files = tuple(_write_table(shards, file, table, weights[table.name]) for file, table in tables_of(plan, index))
     save_manifest(ShardManifest(sidecar=sidecar.name, plan_fingerprint=plan.fingerprint, shards=files), shards)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sidepool.partition.artifact import check_out_dir, write_artifact
 from sidepool.partition.capture import Captured, capture, source_line
 from sidepool.partition.lookups import Jagged, Lookup, feature_names, find_lookups
-from sidepool.partition.placement import place_tables
+from sidepool.partition.planning import make_plan
 from sidepool.partition.programs import Cut, cut_programs, program_bytes
 from sidepool.partition.report import PartitionReport
 from sidepool.partition.sources import packet
@@ -23,11 +23,9 @@ from sidepool.partition.verify import verify_cut
 from sidepool.wire.config import decode
 from sidepool.wire.errors import PlanError
 from sidepool.wire.model import DenseProgram, FeatureSource, FixedSource, IndexProgram, JaggedSource, ModelSpec
-from sidepool.wire.plan import Plan, Pooling, RowFormat, Table, validate_plan
+from sidepool.wire.plan import Feature, Plan, Pooling, RowFormat, Table
 
 DENSE_FILE, INDEX_FILE = "dense.pt2", "index.pt2"
-# The port that a sidecar takes by default, and the next ones for further sidecars on the same machine.
-FIRST_PORT = 50151
 # What a bag costs beside reading its rows, in rows: its vector is written by the sidecar, then read and written by the merge.
 BAG_LOAD = 3.0
 _MODEL_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,255}")
@@ -80,14 +78,6 @@ def _row_format(found: RowFormat | str) -> RowFormat:
         raise PlanError(f"row_format: found {found!r}; allowed: {', '.join(RowFormat)}") from None
 
 
-def _addresses(found: Sequence[str] | None, sidecars: int) -> Sequence[str]:
-    if not found:
-        return [f"127.0.0.1:{FIRST_PORT + i}" for i in range(sidecars)]
-    if len(found) != sidecars or len(set(found)) != sidecars:
-        raise PlanError(f"addresses: found {list(found)}; allowed: {sidecars} different addresses, one per sidecar")
-    return found
-
-
 def _plan(
     name: str,
     cut: Cut,
@@ -105,7 +95,6 @@ def _plan(
         loads[lookup.table] = loads.get(lookup.table, 0.0) + ids[feature] + BAG_LOAD
     tables = [{"name": n, "rows": w.shape[0], "dim": w.shape[1], "row_format": str(row_format)} for n, w in weights.items()]
     sized = [decode(t, Table, where=f"table {t['name']}", error=PlanError) for t in tables]
-    owners = place_tables(sized, loads, sidecars)
     features = [
         {
             "name": f,
@@ -115,24 +104,8 @@ def _plan(
         }
         for f, x in zip(names, cut.lookups, strict=True)
     ]
-    plan = decode(
-        {
-            "epoch": epoch,
-            "model": name,
-            "tables": tables,
-            "features": features,
-            "sidecars": [{"name": f"sidecar-{i}", "address": a} for i, a in enumerate(_addresses(addresses, sidecars))],
-            "shards": [
-                {"table": t.name, "sidecar": f"sidecar-{owner}", "rows": [0, t.rows], "columns": [0, t.dim]}
-                for t, owner in zip(sized, owners, strict=True)
-            ],
-        },
-        Plan,
-        where="plan",
-        error=PlanError,
-    )
-    validate_plan(plan)
-    return plan
+    looked_up = [decode(f, Feature, where=f"feature {f['name']}", error=PlanError) for f in features]
+    return make_plan(name, sized, looked_up, loads, sidecars=sidecars, addresses=addresses, epoch=epoch)
 
 
 def _spec(name: str, captured: Captured, cut: Cut, names: Sequence[str]) -> ModelSpec:

@@ -13,6 +13,7 @@ from sidepool.wire.errors import SidepoolError
 # name -> (module with add_arguments(parser) and run(args) -> exit status, one line for --help)
 COMMANDS = {
     "partition": ("sidepool.partition.command", "turn a PyTorch model into a Triton model repository, a plan and shards"),
+    "convert": ("sidepool.partition.convert", "turn tables of an HPS directory or a torch state dict into a plan and shards"),
     "sidecar": ("sidepool.sidecar.command", "serve shards on a CPU node"),
     "demo": ("sidepool.bench.demo_command", "the whole way on this machine: partition, serve, compare scores, measure"),
     "doctor": ("sidepool.doctor", "what this machine offers, and what to do about the rest"),

@@ -1,0 +1,56 @@
+"""From tables and features to a plan: where every table lies, and where every sidecar listens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from sidepool.partition.placement import place_tables
+from sidepool.wire.config import decode
+from sidepool.wire.errors import PlanError
+from sidepool.wire.plan import Feature, Plan, Table, validate_plan
+
+# The port that a sidecar takes by default, and the next ones for further sidecars on the same machine.
+FIRST_PORT = 50151
+
+
+def make_plan(
+    model: str,
+    tables: Sequence[Table],
+    features: Sequence[Feature],
+    loads: Mapping[str, float],
+    *,
+    sidecars: int,
+    addresses: Sequence[str] | None,
+    epoch: int,
+) -> Plan:
+    """Place `tables` on `sidecars` by bytes and `loads` (pooling work per sample and table name); raises `PlanError`.
+
+    addresses: `host:port` of every sidecar's control plane; default: 127.0.0.1, ports from 50151.
+    """
+    owners = place_tables(tables, loads, sidecars)
+    plan = decode(
+        {
+            "epoch": epoch,
+            "model": model,
+            "tables": [t.model_dump(mode="json") for t in tables],
+            "features": [f.model_dump(mode="json") for f in features],
+            "sidecars": [{"name": f"sidecar-{i}", "address": a} for i, a in enumerate(_addresses(addresses, sidecars))],
+            "shards": [
+                {"table": t.name, "sidecar": f"sidecar-{owner}", "rows": [0, t.rows], "columns": [0, t.dim]}
+                for t, owner in zip(tables, owners, strict=True)
+            ],
+        },
+        Plan,
+        where="plan",
+        error=PlanError,
+    )
+    validate_plan(plan)
+    return plan
+
+
+def _addresses(found: Sequence[str] | None, sidecars: int) -> Sequence[str]:
+    if not found:
+        return [f"127.0.0.1:{FIRST_PORT + i}" for i in range(sidecars)]
+    if len(found) != sidecars or len(set(found)) != sidecars:
+        raise PlanError(f"addresses: found {list(found)}; allowed: {sidecars} different addresses, one per sidecar")
+    return found
