@@ -13,6 +13,7 @@ import importlib.util
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -34,6 +35,9 @@ SHM = Path("/dev/shm")
 READY_TIMEOUT_S = 180.0
 # Triton's own --exit-timeout is 30 s; a stub that hangs must not hold a test for longer than this.
 STOP_TIMEOUT_S = 15.0
+
+# A traceback is about twenty lines; two models may fail.
+MAX_ERROR_LINES = 60
 
 _serial = itertools.count()
 
@@ -199,6 +203,16 @@ class TritonServer:
         except OSError as e:
             return f"(no log: {e})"
 
+    def log_errors(self) -> str:
+        """The log's error lines, each with its traceback if it has one: what lies between an `E` line and the next `I` or `W`."""
+        kept, within = [], False
+        for line in self.log.read_text(errors="replace").splitlines():
+            if re.match(r"[EIW]\d{4} ", line):
+                within = line.startswith("E")
+            if within:
+                kept.append(line)
+        return "\n".join(kept[-MAX_ERROR_LINES:])
+
     def _command(self) -> list[str]:
         addresses = [f"--{service}-address=127.0.0.1" for service in ("http", "grpc", "metrics")]
         return [
@@ -228,7 +242,8 @@ class TritonServer:
             assert self._process is not None
             code = self._process.poll()
             if code is not None:
-                raise TransportError(f"Triton: ended with status {code} while loading {self.repository}:\n{self.log_tail()}")
+                said = self.log_errors() or self.log_tail()
+                raise TransportError(f"Triton: ended with status {code} while loading {self.repository}:\n{said}")
             try:
                 if all(self._get(self.http_port, path)[0] == 200 for path in paths):
                     return

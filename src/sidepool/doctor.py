@@ -197,7 +197,7 @@ def shared_memory(mount: Path = Path("/dev/shm")) -> Finding:
         usage = shutil.disk_usage(mount)
     except OSError as e:
         return Finding("/dev/shm", "absent", str(e), "mount a tmpfs there: Triton's Python backend cannot start without it")
-    found = f"{usage.total / GIB:.1f} GiB, {usage.free / GIB:.1f} GiB free"
+    found = f"{usage.total >> 20} MiB, {usage.free >> 20} MiB free"
     if usage.free < WANTED_SHM_BYTES:
         return Finding(
             "/dev/shm",
