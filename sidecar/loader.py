@@ -51,7 +51,7 @@ class Loader:
         self._thread.start()
 
     def close(self) -> None:
-        """Give up the load in progress, if any, and wait for its thread (at most one file's checksum)."""
+        """Give up the load in progress, if any, and wait for its thread (at most the checksums of one slice per thread)."""
         self._stopping.set()
         if self._thread is not None:
             self._thread.join()
@@ -88,7 +88,10 @@ def load(
         step = PROGRESS_STEPS * done // total
         if step > logged:
             logged = step
-            logs.info("verifying shards", done_bytes=done, total_bytes=total)
+            seconds = time.monotonic() - began
+            speed = round(done / max(seconds, 1e-6))
+            eta_s = round(seconds * (total - done) / done, 1)
+            logs.info("verifying shards", done_bytes=done, total_bytes=total, bytes_per_s=speed, eta_s=eta_s)
 
     tables = load_tables(plan, config.name, Path(config.shards), verify=config.verify, progress=progress, cancelled=cancelled)
     seconds = round(time.monotonic() - began, 3)

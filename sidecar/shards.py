@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -32,8 +33,8 @@ def load_tables(
 ) -> _native.TableSet:
     """Check what `plan` places on the sidecar `name` against `directory`, and map it (read-only, not copied).
 
-    `progress(bytes verified, bytes in all)` is called from the calling thread after every file; `cancelled` is asked
-    as often, and true raises `LoadCancelled`. Raises `PlanError` (plan and manifest disagree) and `ShardCorrupt`.
+    `progress(bytes verified, bytes in all)` is called after every slice of a file, from one thread at a time; `cancelled` is
+    asked as often, and true raises `LoadCancelled`. Raises `PlanError` (plan and manifest disagree) and `ShardCorrupt`.
     """
     if name not in plan.sidecar_index:
         raise PlanError(f"sidecar {name!r} is not in the plan; allowed: one of {sorted(plan.sidecar_index)}")
@@ -48,23 +49,31 @@ def load_tables(
 def _verify(plan: Plan, directory: Path, progress: Callable[[int, int], None], cancelled: Callable[[], bool]) -> None:
     """Compare the checksums of all files, several at a time, the largest first so that none is waited for at the end."""
 
-    def check(shard: ShardFile) -> int:
-        if cancelled():
-            raise LoadCancelled
-        path, offset = locate(directory, shard)
-        verify_checksum(path, offset, shard)
-        return sizes[shard.table]
-
     shards = list(shards_of(plan, directory))
     sizes = {s.table: plan.tables[plan.table_index[s.table]].bytes for s in shards}
     shards.sort(key=lambda s: -sizes[s.table])
     done, total = 0, sum(sizes.values())
+    counting = threading.Lock()
+
+    def count(read_bytes: int) -> None:
+        nonlocal done
+        if cancelled():
+            raise LoadCancelled
+        with counting:
+            done += read_bytes
+            progress(done, total)
+
+    def check(shard: ShardFile) -> None:
+        if cancelled():
+            raise LoadCancelled
+        path, offset = locate(directory, shard)
+        verify_checksum(path, offset, shard, count)
+
     with ThreadPoolExecutor(min(os.cpu_count() or 1, MAX_VERIFY_THREADS), thread_name_prefix="verify") as pool:
         checks = [pool.submit(check, shard) for shard in shards]
         try:
             for finished in as_completed(checks):
-                done += finished.result()
-                progress(done, total)
+                finished.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

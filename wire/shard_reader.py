@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import mmap
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -56,8 +56,11 @@ def locate(directory: Path, shard: ShardFile) -> tuple[Path, int]:
     return path, begin
 
 
-def verify_checksum(path: Path, offset: int, shard: ShardFile) -> None:
-    """Compare the CRC-32C of the rows at `offset` of `path` with the manifest's; raises `ShardCorrupt`."""
+def verify_checksum(path: Path, offset: int, shard: ShardFile, read: Callable[[int], None] = lambda count: None) -> None:
+    """Compare the CRC-32C of the rows at `offset` of `path` with the manifest's; raises `ShardCorrupt`.
+
+    `read(bytes)` is called after every slice; what it raises ends the comparison.
+    """
     _, item_bytes = _DTYPES[shard.row_format]
     end = offset + shard.rows * shard.dim * item_bytes
     found = 0
@@ -66,6 +69,7 @@ def verify_checksum(path: Path, offset: int, shard: ShardFile) -> None:
             for at in range(offset, end, CHECKSUM_SLICE_BYTES):
                 with view[at : min(at + CHECKSUM_SLICE_BYTES, end)] as part:
                     found = crc32c(part, found)
+                    read(len(part))
     except OSError as e:
         raise ShardCorrupt(f"{path}: tensor {shard.table!r}: cannot be read: {e}") from e
     if found != shard.crc32c:

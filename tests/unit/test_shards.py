@@ -10,6 +10,7 @@ from small_artifact import OTHER_SIDECAR, SIDECAR, write_small_artifact
 
 from sidepool import _native
 from sidepool.sidecar.shards import LoadCancelled, load_tables
+from sidepool.wire import shard_reader
 from sidepool.wire.errors import PlanError, ShardCorrupt
 
 
@@ -39,6 +40,32 @@ def test_progress_counts_every_byte_once(tmp_path: Path) -> None:
     assert [t for _, t in steps] == [total] * 2
     assert sorted({done for done, _ in steps}) == [d for d, _ in steps]
     assert steps[-1] == (total, total)
+
+
+def test_progress_is_reported_within_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard_reader, "CHECKSUM_SLICE_BYTES", 100)
+    artifact = write_small_artifact(tmp_path)
+    steps: list[int] = []
+    load_tables(artifact.plan, SIDECAR, artifact.shards, progress=lambda done, total: steps.append(done))
+    # 1,600 bytes of users in 16 slices, 240 bytes of items in 3, counted in whatever order the threads read them.
+    assert len(steps) == 19
+    assert steps == sorted(set(steps))
+    assert steps[-1] == 50 * 8 * 4 + 30 * 4 * 2
+
+
+def test_a_load_stops_within_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard_reader, "CHECKSUM_SLICE_BYTES", 100)
+    artifact = write_small_artifact(tmp_path)
+    steps: list[int] = []
+    with pytest.raises(LoadCancelled):
+        load_tables(
+            artifact.plan,
+            SIDECAR,
+            artifact.shards,
+            progress=lambda done, total: steps.append(done),
+            cancelled=lambda: len(steps) >= 2,
+        )
+    assert 2 <= len(steps) < 19
 
 
 def test_a_changed_byte_is_found_and_named(tmp_path: Path) -> None:
