@@ -35,6 +35,9 @@ MAX_CLIENT_CHARACTERS = 128
 MAX_DRAIN_S = 3600.0
 # A response that carries no pooled vectors is one header; only such a one can report a bad frame.
 BARE_RESPONSE_BYTES = 128
+# A peer that connects says hello (TLS, HTTP/2) at once; one that does not holds a descriptor for no longer than this. Ten
+# seconds cover a machine under full load; gRPC's own two minutes would let strangers hold all descriptors.
+HANDSHAKE_MS = 10_000
 # Calls still open after the drain are health watches and stragglers; they get this long to see the end coming.
 STOP_GRACE_S = 0.2
 
@@ -145,6 +148,7 @@ class ControlPlane:
         options = [
             # Two processes sharing a port would answer for each other's shards: a taken port must be an error.
             ("grpc.so_reuseport", 0),
+            ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
             ("grpc.max_receive_message_length", config.request_slot_bytes + MESSAGE_MARGIN_BYTES),
             ("grpc.max_send_message_length", config.response_slot_bytes + MESSAGE_MARGIN_BYTES),
         ]

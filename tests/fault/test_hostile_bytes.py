@@ -46,6 +46,8 @@ class Target:
     sidecar: RunningSidecar
     facts: dict[str, Any]
     clients: list[EmbeddingClient]
+    silent: list[socket.socket]
+    """Connections to the control port on which nothing was ever said, as old as the target."""
 
     def admit(self, lane: str) -> control_pb2.ConnectReply:
         request = control_pb2.ConnectRequest(
@@ -74,7 +76,8 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
         _, right = stack.enter_context(ready(world.config(SIDECARS[1])))
         plan = world.at(facts["grpc"], right["grpc"])
         clients = [stack.enter_context(EmbeddingClient.connect(plan, lane=lane)) for lane in ("shm", "tcp", "grpc")]
-        yield Target(world, plan, left, facts, clients)
+        silent = [stack.enter_context(hostile.connect(facts["grpc"])) for _ in range(50)]
+        yield Target(world, plan, left, facts, clients, silent)
 
 
 def attack_control_port(target: Target, random: Random) -> None:
@@ -206,3 +209,12 @@ def test_unfinished_handshakes_keep_nobody_out_for_long(target: Target) -> None:
                     break
                 assert time.monotonic() < deadline
                 time.sleep(0.05)
+
+
+def test_silent_connections_to_the_control_port_are_closed(target: Target) -> None:
+    for stranger in target.silent:
+        stranger.settimeout(PATIENCE_S)
+        with contextlib.suppress(ConnectionResetError):
+            while stranger.recv(4096):  # the server's own greeting
+                pass
+    target.check_others(6)
