@@ -33,6 +33,8 @@ class Case:
     fbgemm_module_us: float | None
     torch_us: float | None
     ceiling_us: float
+    ours_cached_us: float | None = None
+    """Ours over rows that a core's own cache holds."""
 
     @property
     def ratios(self) -> dict[str, float | None]:
@@ -83,11 +85,11 @@ def _grouped(cases: Sequence[Case]) -> list[tuple[tuple[str, int], list[Case]]]:
 def print_report(console: Console, cases: Sequence[Case]) -> None:
     """A line per case, then the means."""
     table = Table(title="µs per batch; how many times faster we are", title_justify="left", box=None)
-    heads = ("shape", "ids", "rows", "threads", "ours", "FBGEMM", "its module", "torch", "ceiling")
+    heads = ("shape", "ids", "rows", "threads", "ours", "FBGEMM", "its module", "torch", "ceiling", "cached")
     for column in (*heads, "vs FBGEMM", "vs module", "vs torch", "of ceiling"):
         table.add_column(column, justify="right", no_wrap=True)
     for c in cases:
-        times = (c.ours_us, c.fbgemm_us, c.fbgemm_module_us, c.torch_us, c.ceiling_us)
+        times = (c.ours_us, c.fbgemm_us, c.fbgemm_module_us, c.torch_us, c.ceiling_us, c.ours_cached_us)
         shown = [_cell(us, 1) for us in times] + [_cell(ratio, 2) for ratio in c.ratios.values()]
         table.add_row(c.shape.name, c.ids, c.row_format, str(c.threads), *shown)
     console.print(table)
