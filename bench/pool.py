@@ -1,11 +1,14 @@
 """`sidepool bench pool`: gathering and pooling beside FBGEMM, torch and the speed at which the same rows can be read at all.
 
-Ours is what an engine does between a parsed frame's arrival and its response: parse, look up, pool into the payload. FBGEMM
-is its table-batched CPU operator for inference, the faster of its two on this hardware; `fbgemm_module` the same called
-through its Python module, as its users do, and `ours_cached` is ours over rows that lie in the core's own cache (both with
-one thread only). torch is one `embedding_bag` per table. The ceiling reads
-every cache line of the same rows in the same order and computes nothing. Short blocks of each in turn; medians over the
-rounds. With two threads each of them works through all batches on its half of the tables.
+- ours: what an engine does between a parsed frame's arrival and its response: parse, look up, pool into the payload.
+- FBGEMM: its table-batched CPU operator for inference, the faster of its two on this hardware; `fbgemm_module` is the same
+  called through its Python module, as its users do.
+- torch: one `embedding_bag` per table.
+- the ceiling: every cache line of the same rows is read, in the same order, and nothing computed.
+- `ours_cached`: ours over rows that lie in the core's own cache, that is, the price of the instructions.
+
+Each in turn, a few short blocks of which the best counts; medians over the rounds. With two threads each of them works through
+all batches on its half of the tables.
 """
 
 from __future__ import annotations
@@ -42,11 +45,13 @@ from sidepool.bench.serve import make_console
 from sidepool.wire.plan import RowFormat
 
 # An odd number, so that the median is a measurement; so many that half of them may be disturbed.
-ROUNDS = 21
-QUICK_ROUNDS = 9
-# Short, so that a round of everyone sees the same weather and many blocks fit between two interruptions by a scheduler;
-# far above what starting two threads costs.
-BLOCK_S = 0.004
+ROUNDS = 11
+QUICK_ROUNDS = 5
+# A round's figure is the best of this many blocks in a row: on a machine that others use too, most interruptions are
+# shorter than a block and hit anyone.
+BLOCKS = 3
+# Short, so that blocks fit between two interruptions by a scheduler; far above what starting two threads costs.
+BLOCK_S = 0.003
 # A first guess at how many batches fill a block is good enough once it has run this long.
 CALIBRATION_S = BLOCK_S / 4
 
@@ -135,7 +140,7 @@ def _measure(contenders: Sequence[Contender], batches: int, threads: int, rounds
 
 
 class _Blocks:
-    """One contender's blocks; each goes on in the cycle of batches where the one before it ended."""
+    """One contender's rounds; each block goes on in the cycle of batches where the one before it ended."""
 
     def __init__(self, contender: Contender, batches: int, threads: int, workers: Executor) -> None:
         self.taken_us: list[float] = []
@@ -145,7 +150,8 @@ class _Blocks:
         self._size = self._calibrate()
 
     def run(self) -> None:
-        self.taken_us.append(self._time(self._size) / self._size * 1e6)
+        best = min(self._time(self._size) for _ in range(BLOCKS))
+        self.taken_us.append(best / self._size * 1e6)
 
     def _calibrate(self) -> int:
         """Batches of a block; running them warms the contender up."""
