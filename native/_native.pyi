@@ -38,8 +38,14 @@ class TableSet:
         self, table: int, path: str, offset: int, rows: int, dim: int, row_format: str, out_of_range: str, default_row: int
     ) -> None:
         """Map rows `[rows, dim]` at byte `offset` of a file, read-only; `NativeError` if the file is too short."""
-    def add_table_array(self, table: int, rows: NDArray[Any], out_of_range: str, default_row: int) -> None:
-        """Copy a float32 or float16 array `[rows, dim]` into huge pages."""
+    def add_table_array(
+        self, table: int, rows: NDArray[Any], out_of_range: str, default_row: int, row_format: str = "", dim: int = 0
+    ) -> None:
+        """Copy an array into huge pages: float32 or float16 `[rows, dim]`, or with `row_format` anything of the right size.
+
+        bf16: uint16 `[rows, dim]`, the upper halves of float32. int8, int4: uint8 `[rows, row bytes]` as
+        docs/row-formats.md lays them out, and `dim`.
+        """
     def add_feature(self, feature: int, table: int, pooling: str, weighted: bool) -> None: ...
     def seal(self) -> None: ...
     def promote(self) -> int:

@@ -24,6 +24,7 @@ template <class T>
 using Array = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 template <class T>
 using AnyArray = nb::ndarray<const T, nb::c_contig, nb::device::cpu>;
+using RowArray = nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Rows = nb::ndarray<float, nb::ndim<2>, nb::device::cpu>;
 using Numbers = nb::ndarray<int64_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
@@ -373,6 +374,14 @@ void check_range(const PreparedFrames& frames, size_t first, size_t count) {
   if (first > frames.size() || count > frames.size() - first) throw nb::index_error("frames");
 }
 
+// The row format that an array's own type says.
+RowFormat float_format(const RowArray& rows) {
+  const auto type = rows.dtype();
+  if (type == nb::dtype<float>()) return RowFormat::fp32;
+  if (type.code == uint8_t(nb::dlpack::dtype_code::Float) && type.bits == 16) return RowFormat::fp16;
+  throw nb::type_error("rows: wants float32 or float16, or a row_format");
+}
+
 nb::tuple pool_one(const PyTables& tables, int32_t feature, Array<int64_t> values, Array<int32_t> lengths,
                    std::optional<Array<float>> weights, Rows out) {
   const TableSet& set = *tables.set;
@@ -444,15 +453,14 @@ NB_MODULE(_native, m) {
                                 const std::string& format, const std::string& policy, int64_t default_row) {
             self.set->add_file(table, path, offset, rows, dim, parse_row_format(format), parse_out_of_range(policy), default_row);
           }, "table"_a, "path"_a, "offset"_a, "rows"_a, "dim"_a, "row_format"_a, "out_of_range"_a, "default_row"_a)
-      .def("add_table_array", [](PyTables& self, int32_t table, nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu> rows,
-                                 const std::string& policy, int64_t default_row) {
-            const auto type = rows.dtype();
-            RowFormat format;
-            if (type == nb::dtype<float>()) format = RowFormat::fp32;
-            else if (type.code == uint8_t(nb::dlpack::dtype_code::Float) && type.bits == 16) format = RowFormat::fp16;
-            else throw nb::type_error("rows: wants float32 or float16");
-            self.set->add_copy(table, rows.data(), int64_t(rows.shape(0)), int32_t(rows.shape(1)), format, parse_out_of_range(policy), default_row);
-          }, "table"_a, "rows"_a, "out_of_range"_a, "default_row"_a)
+      .def("add_table_array", [](PyTables& self, int32_t table, RowArray rows, const std::string& policy, int64_t default_row,
+                                 const std::string& format_name, int32_t dim) {
+            const RowFormat format = format_name.empty() ? float_format(rows) : parse_row_format(format_name);
+            if (dim == 0) dim = int32_t(std::min(rows.shape(1), size_t(INT32_MAX)));
+            if (dim < 1 || dim > kMaxDim || rows.shape(1) * rows.itemsize() != row_bytes(format, dim))
+              throw nb::value_error("rows: their bytes are not those of dim values in this row format");
+            self.set->add_copy(table, rows.data(), int64_t(rows.shape(0)), dim, format, parse_out_of_range(policy), default_row);
+          }, "table"_a, "rows"_a, "out_of_range"_a, "default_row"_a, "row_format"_a = "", "dim"_a = 0)
       .def("add_feature", [](PyTables& self, int32_t feature, int32_t table, const std::string& pooling, bool weighted) {
             self.set->add_feature(feature, table, as_pooling(pooling), weighted);
           }, "feature"_a, "table"_a, "pooling"_a, "weighted"_a)

@@ -7,26 +7,22 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
-import torch
 import yaml
-from safetensors.torch import save_file
 from torch import Tensor
 
 from sidepool.partition.report import PartitionReport
+from sidepool.partition.rows import RowError
+from sidepool.partition.shard_writer import write_shard
 from sidepool.partition.triton_config import SHIM, TritonOptions, config_text
-from sidepool.wire.checksum import crc32c
 from sidepool.wire.errors import CutError
 from sidepool.wire.model import MODEL_FILE, PLAN_FILE, save_model
-from sidepool.wire.plan import Plan, RowFormat, SidecarAddress, Table, save_plan
-from sidepool.wire.shards import ShardFile, ShardManifest, save_manifest
-
-# Rows that are checked and summed at a time: 16 MB of dim 64, so that a table is never copied as a whole.
-CHUNK_ROWS = 65_536
-_TORCH_FORMATS = {RowFormat.FP32: torch.float32, RowFormat.FP16: torch.float16}
+from sidepool.wire.plan import Plan, SidecarAddress, Table, save_plan
+from sidepool.wire.shards import ShardManifest, save_manifest
 
 
 def check_out_dir(out_dir: Path) -> None:
@@ -39,17 +35,23 @@ def check_out_dir(out_dir: Path) -> None:
 
 def write_artifact(
     out_dir: Path, report: PartitionReport, weights: Mapping[str, Tensor], programs: Mapping[str, bytes], options: TritonOptions
-) -> None:
-    """Write everything. `weights`: the tables, by name; `programs`: file name → content. Raises `CutError`; leaves no half."""
+) -> PartitionReport:
+    """Write everything; returns the report with the errors of the rows as they were written.
+
+    weights: the tables, by name. programs: file name → content. Raises `CutError`; leaves no half.
+    """
+    errors: dict[str, RowError] = {}
     try:
         with replacing(out_dir) as staging:
             save_plan(report.plan, staging / PLAN_FILE)
-            report.write(staging)
             _write_repository(staging / "model_repository" / report.model.name, report, programs, options)
             for index in range(len(report.plan.sidecars)):
-                _write_sidecar(staging, report.plan, index, weights)
+                errors |= _write_sidecar(staging, report.plan, index, weights)
+            report = replace(report, row_errors=errors)
+            report.write(staging)
     except OSError as e:
         raise CutError(f"out: {out_dir} cannot be written: {e}") from e
+    return report
 
 
 @contextmanager
@@ -110,23 +112,14 @@ def tables_of(plan: Plan, sidecar: int) -> list[tuple[str, Table]]:
     return [(f"table-{i:04d}.safetensors", plan.tables[i]) for i in held]
 
 
-def _write_sidecar(directory: Path, plan: Plan, index: int, weights: Mapping[str, Tensor]) -> None:
+def _write_sidecar(directory: Path, plan: Plan, index: int, weights: Mapping[str, Tensor]) -> dict[str, RowError]:
     sidecar = plan.sidecars[index]
     shards = make_sidecar_directory(directory, sidecar)
-    files = tuple(_write_table(shards, file, table, weights[table.name]) for file, table in tables_of(plan, index))
+    written = [write_shard(shards, file, table, _reader(weights[table.name])) for file, table in tables_of(plan, index)]
+    files = tuple(shard for shard, _ in written)
     save_manifest(ShardManifest(sidecar=sidecar.name, plan_fingerprint=plan.fingerprint, shards=files), shards)
+    return {shard.table: error for shard, error in written}
 
 
-def _write_table(directory: Path, file: str, table: Table, weight: Tensor) -> ShardFile:
-    """One safetensors file; the weight itself is written, without a copy, unless the row format differs."""
-    rows = weight.detach().cpu().to(_TORCH_FORMATS[table.row_format]).contiguous()
-    checksum = 0
-    for begin in range(0, table.rows, CHUNK_ROWS):
-        chunk = rows[begin : begin + CHUNK_ROWS]
-        finite = torch.isfinite(chunk).all(dim=1)
-        if not bool(finite.all()):
-            row = begin + int((~finite).nonzero()[0])
-            raise CutError(f"table {table.name}: row {row} holds NaN or infinity as {table.row_format}; allowed: finite values")
-        checksum = crc32c(chunk.numpy(), checksum)
-    save_file({table.name: rows}, directory / file)
-    return ShardFile(table=table.name, file=file, rows=table.rows, dim=table.dim, row_format=table.row_format, crc32c=checksum)
+def _reader(weight: Tensor) -> Callable[[int, int], Tensor]:
+    return lambda begin, end: weight[begin:end].detach().cpu()

@@ -67,8 +67,7 @@ def partition_model(
     if cut.index is not None:
         programs[INDEX_FILE] = program_bytes(cut.index)
     report = PartitionReport(plan, spec, out, ids, len(programs[DENSE_FILE]), error, _kept(captured, cut))
-    write_artifact(out, report, {x.table: x.weight for x in cut.lookups}, programs, triton or TritonOptions())
-    return report
+    return write_artifact(out, report, {x.table: x.weight for x in cut.lookups}, programs, triton or TritonOptions())
 
 
 def _row_format(found: RowFormat | str) -> RowFormat:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from sidepool.partition.rows import RowError
 from sidepool.partition.triton_config import describe_inputs
 from sidepool.wire.model import FixedSource, ModelSpec
 from sidepool.wire.plan import Plan, Pooling
@@ -33,6 +34,8 @@ class PartitionReport:
     """Largest difference between the partitioned and the original model on the example inputs."""
     kept: Sequence[str]
     """Embedding operators that stay in the dense program, and why."""
+    row_errors: Mapping[str, RowError] = field(default_factory=dict)
+    """What storing its rows cost each table; known once they are written."""
 
     @cached_property
     def json(self) -> dict[str, Any]:
@@ -73,9 +76,11 @@ class PartitionReport:
             ]),
             "  (wire: request + response payload of one lookup; frame headers add about a hundred bytes per sidecar)",
             "",
-            *_columns(["table", "rows", "dim", "bytes", "sidecar"], [
-                [t["name"], str(t["rows"]), str(t["dim"]), _size(t["bytes"]), t["sidecar"]] for t in data["tables"]
+            *_columns(["table", "rows", "dim", "stored as", "bytes", "largest error", "rms error", "sidecar"], [
+                [t["name"], str(t["rows"]), str(t["dim"]), t["row_format"], _size(t["bytes"]), f"{t['max_abs_error']:.2e}",
+                 f"{t['rms_error']:.2e}", t["sidecar"]] for t in data["tables"]
             ]),
+            "  (errors: of the values as they are stored, against the model's)",
             "",
             *_columns(["feature", "table", "pooling", "ids per bag", "ids from"], [
                 [f["name"], f["table"], f["pooling"], f"{f['ids_per_bag']:.4g}", f["source"]] for f in data["features"]
@@ -108,7 +113,17 @@ class PartitionReport:
     def _table(self, index: int) -> dict[str, Any]:
         table = self.plan.tables[index]
         sidecar = self.plan.sidecars[self.plan.sidecar_of_table[index]].name
-        return {"name": table.name, "rows": table.rows, "dim": table.dim, "bytes": table.bytes, "sidecar": sidecar}
+        error = self.row_errors.get(table.name, RowError())
+        return {
+            "name": table.name,
+            "rows": table.rows,
+            "dim": table.dim,
+            "row_format": str(table.row_format),
+            "bytes": table.bytes,
+            "max_abs_error": error.max_abs,
+            "rms_error": error.rms,
+            "sidecar": sidecar,
+        }
 
     def _sidecar(self, index: int) -> dict[str, Any]:
         held = [t for t, owner in zip(self.plan.tables, self.plan.sidecar_of_table, strict=True) if owner == index]

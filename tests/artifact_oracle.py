@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -28,7 +29,7 @@ class ArtifactOracle:
         for sidecar in self.plan.sidecars:
             shards = out / "sidecars" / sidecar.name / "shards"
             for shard in load_manifest(shards).shards:
-                self.tables |= load_file(shards / shard.file)
+                self.tables[shard.table] = dequantised(load_file(shards / shard.file)[shard.table], shard.row_format, shard.dim)
 
     def __call__(self, *inputs: Tensor) -> list[Tensor]:
         """Outputs for the model's flattened inputs."""
@@ -71,3 +72,15 @@ class ArtifactOracle:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch.export warns about itself
             return torch.export.load(self.version / file).module(check_guards=False)
+
+
+def dequantised(rows: Tensor, row_format: str, dim: int) -> Tensor:
+    """The values of int8 and int4 rows, by the definition in docs/row-formats.md; other rows as they are."""
+    if row_format not in ("int8", "int4"):
+        return rows
+    tail, number = (8, np.float32) if row_format == "int8" else (4, np.float16)
+    scale, bias = rows.numpy()[:, -tail:].copy().view(number).astype(np.float64).T[:, :, None]
+    codes = rows.numpy()[:, :-tail].astype(np.float64)
+    if row_format == "int4":
+        codes = np.stack((codes % 16, codes // 16), axis=2).reshape(len(codes), -1)[:, :dim]
+    return torch.from_numpy((scale * codes + bias).astype(np.float32))

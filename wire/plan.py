@@ -37,10 +37,30 @@ class Pooling(enum.StrEnum):
 
 
 class RowFormat(enum.StrEnum):
-    """How a row is stored."""
+    """How a row is stored, see docs/row-formats.md."""
 
     FP32 = "fp32"
     FP16 = "fp16"
+    BF16 = "bf16"
+    INT8 = "int8"
+    INT4 = "int4"
+
+    @property
+    def quantised(self) -> bool:
+        """Whether a row is codes with a scale and a bias of its own."""
+        return self in (RowFormat.INT8, RowFormat.INT4)
+
+    def row_bytes(self, dim: int) -> int:
+        """Bytes of one row: its values, and what follows them (int8: two fp32; int4: two fp16)."""
+        match self:
+            case RowFormat.FP32:
+                return dim * 4
+            case RowFormat.FP16 | RowFormat.BF16:
+                return dim * 2
+            case RowFormat.INT8:
+                return dim + 8
+            case RowFormat.INT4:
+                return (dim + 1) // 2 + 4
 
 
 class OutOfRange(enum.StrEnum):
@@ -72,7 +92,7 @@ class Table(Frozen):
 
     @property
     def row_bytes(self) -> int:
-        return self.dim * (4 if self.row_format is RowFormat.FP32 else 2)
+        return self.row_format.row_bytes(self.dim)
 
     @property
     def bytes(self) -> int:

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from sidepool import _native
 from sidepool.wire.checksum import crc32c
 from sidepool.wire.errors import PlanError, ShardCorrupt, error_for
-from sidepool.wire.plan import Plan, RowFormat
+from sidepool.wire.plan import Plan
 from sidepool.wire.shards import ShardFile, ShardManifest, load_manifest
 
 # A header of one tensor is about 100 bytes; the rest leaves room for whatever metadata a tool adds.
@@ -24,11 +24,9 @@ MAX_HEADER_BYTES = 1 << 20
 # Checksums run over slices of this size, so that a shard larger than memory is never asked for as one range.
 CHECKSUM_SLICE_BYTES = 64 << 20
 
-_DTYPES = {RowFormat.FP32: ("F32", 4), RowFormat.FP16: ("F16", 2)}
-
 
 def locate(directory: Path, shard: ShardFile) -> tuple[Path, int]:
-    """Find the rows of `shard`: its file and the byte offset at which `[rows, dim]` begins there.
+    """Find the rows of `shard`: its file and the byte offset at which its tensor begins there.
 
     Raises `ShardCorrupt` naming file and tensor when the file is missing, truncated, or holds anything but that tensor.
     """
@@ -38,21 +36,19 @@ def locate(directory: Path, shard: ShardFile) -> tuple[Path, int]:
     if list(tensors) != [shard.table]:
         _refuse(path, shard.table, f"found the tensors {sorted(tensors)[:4]}; allowed: exactly this one")
     entry = tensors[shard.table]
-    dtype, item_bytes = _DTYPES[shard.row_format]
-    expected = {"dtype": dtype, "shape": [shard.rows, shard.dim]}
+    expected = dict(zip(("dtype", "shape"), shard.tensor, strict=True))
     for key, allowed in expected.items():
         found = entry.get(key) if isinstance(entry, dict) else None
         if found != allowed:
             _refuse(path, shard.table, f"{key}: found {found!r}; allowed: {allowed!r} (from the manifest)")
-    row_bytes = shard.rows * shard.dim * item_bytes
-    if entry.get("data_offsets") != [0, row_bytes]:
-        _refuse(path, shard.table, f"data_offsets: found {entry.get('data_offsets')!r}; allowed: [0, {row_bytes}]")
-    if file_bytes != begin + row_bytes:
+    if entry.get("data_offsets") != [0, shard.bytes]:
+        _refuse(path, shard.table, f"data_offsets: found {entry.get('data_offsets')!r}; allowed: [0, {shard.bytes}]")
+    if file_bytes != begin + shard.bytes:
         _refuse(
-            path, shard.table, f"found a file of {file_bytes} bytes; allowed: {begin + row_bytes} (truncated, or something follows)"
+            path,
+            shard.table,
+            f"found a file of {file_bytes} bytes; allowed: {begin + shard.bytes} (truncated, or something follows)",
         )
-    if begin % item_bytes:
-        _refuse(path, shard.table, f"rows begin at byte {begin}; allowed: a multiple of {item_bytes}")
     return path, begin
 
 
@@ -61,8 +57,7 @@ def verify_checksum(path: Path, offset: int, shard: ShardFile, read: Callable[[i
 
     `read(bytes)` is called after every slice; what it raises ends the comparison.
     """
-    _, item_bytes = _DTYPES[shard.row_format]
-    end = offset + shard.rows * shard.dim * item_bytes
+    end = offset + shard.bytes
     found = 0
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as view:

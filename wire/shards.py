@@ -14,9 +14,11 @@ from sidepool.wire.plan import MAX_DIM, MAX_ROWS, Name, RowFormat
 
 MANIFEST_FILE = "shards.json"
 
+_FLOATS = {RowFormat.FP32: "F32", RowFormat.FP16: "F16", RowFormat.BF16: "BF16"}
+
 
 class ShardFile(Frozen):
-    """One safetensors file holding one tensor, `[rows, dim]`, named after its table."""
+    """One safetensors file holding one tensor named after its table: `[rows, dim]`, or uint8 `[rows, row bytes]`."""
 
     table: Name
     file: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.\-]+$")]
@@ -25,6 +27,18 @@ class ShardFile(Frozen):
     row_format: RowFormat
     crc32c: Annotated[int, Field(ge=0, lt=1 << 32)]
     """CRC-32C of the tensor's bytes (not of the safetensors header)."""
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the tensor."""
+        return self.rows * self.row_format.row_bytes(self.dim)
+
+    @property
+    def tensor(self) -> tuple[str, list[int]]:
+        """Type and shape of the tensor as a safetensors header names them."""
+        if self.row_format.quantised:
+            return "U8", [self.rows, self.row_format.row_bytes(self.dim)]
+        return _FLOATS[self.row_format], [self.rows, self.dim]
 
 
 class ShardManifest(Frozen):

@@ -23,15 +23,43 @@ struct Avx2 {
   static inline Float load_half(const std::byte* p) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
-  static inline Float load_half_part(const std::byte* p, int64_t n) {
-    __m128i halves = _mm_setzero_si128();
-    __builtin_memcpy(&halves, p, size_t(n) * 2);
-    return _mm256_cvtph_ps(halves);
+  static inline Float load_half_part(const std::byte* p, int64_t n) { return _mm256_cvtph_ps(part(p, size_t(n) * 2)); }
+  static inline float half(const std::byte* p) {
+    uint16_t bits;
+    __builtin_memcpy(&bits, p, sizeof bits);
+    return _cvtsh_ss(bits);
+  }
+  static inline Float load_bfloat(const std::byte* p) {
+    return widen_bfloats(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static inline Float load_bfloat_part(const std::byte* p, int64_t n) { return widen_bfloats(part(p, size_t(n) * 2)); }
+  static inline Float load_bytes(const std::byte* p) {
+    return widen_bytes(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  }
+  static inline Float load_bytes_part(const std::byte* p, int64_t n) { return widen_bytes(part(p, size_t(n))); }
+  static inline Float load_nibbles(const std::byte* p) { return widen_nibbles(part(p, 4)); }
+  static inline Float load_nibbles_part(const std::byte* p, int64_t n) {
+    return widen_nibbles(part(p, size_t(n + 1) / 2));
   }
   static inline void store(float* p, Float x) { _mm256_storeu_ps(p, x); }
   static inline void store_part(float* p, Float x, int64_t n) { _mm256_maskstore_ps(p, lanes(n), x); }
   static inline Float greater(Float a, Float b) { return _mm256_max_ps(a, b); }
   static inline Float multiply_add(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
+
+ private:
+  static inline __m128i part(const std::byte* p, size_t bytes) {
+    __m128i x = _mm_setzero_si128();
+    __builtin_memcpy(&x, p, bytes);
+    return x;
+  }
+  static inline Float widen_bfloats(__m128i x) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16));
+  }
+  static inline Float widen_bytes(__m128i x) { return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(x)); }
+  static inline Float widen_nibbles(__m128i x) {
+    const __m128i low = _mm_set1_epi8(15);
+    return widen_bytes(_mm_unpacklo_epi8(_mm_and_si128(x, low), _mm_and_si128(_mm_srli_epi16(x, 4), low)));
+  }
 };
 
 }  // namespace

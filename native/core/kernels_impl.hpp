@@ -1,5 +1,5 @@
-// Pooling, once for every SIMD level: a level's file defines `Vector` (loads, stores, one lane-wise max and fma) and
-// calls pool<Vector>. Everything here has internal linkage, see kernels.hpp.
+// Pooling, once for every SIMD level: a level's file defines `Vector` (loads of every row format, stores, one lane-wise
+// max and fma) and calls pool<Vector>. Everything here has internal linkage, see kernels.hpp.
 //
 // Ids, lengths and weights may lie in memory that a peer can write at any moment. Each use of a word reads it into a
 // register, checks it there, and uses only the checked register.
@@ -96,19 +96,70 @@ class RowStream {
   Fetched fetched_;
 };
 
+// How rows are stored: `open` reads what a row says about itself, `load` gives its columns.
 template <class Vector>
 struct Fp32 {
-  static inline auto load(const std::byte* row, int64_t column) { return Vector::load(row + column * 4); }
-  static inline auto load_part(const std::byte* row, int64_t column, int64_t n) {
-    return Vector::load_part(row + column * 4, n);
-  }
+  using Row = const std::byte*;
+  static inline Row open(const std::byte* row, int64_t) { return row; }
+  static inline auto load(Row row, int64_t column) { return Vector::load(row + column * 4); }
+  static inline auto load_part(Row row, int64_t column, int64_t n) { return Vector::load_part(row + column * 4, n); }
 };
 
 template <class Vector>
 struct Fp16 {
-  static inline auto load(const std::byte* row, int64_t column) { return Vector::load_half(row + column * 2); }
-  static inline auto load_part(const std::byte* row, int64_t column, int64_t n) {
+  using Row = const std::byte*;
+  static inline Row open(const std::byte* row, int64_t) { return row; }
+  static inline auto load(Row row, int64_t column) { return Vector::load_half(row + column * 2); }
+  static inline auto load_part(Row row, int64_t column, int64_t n) {
     return Vector::load_half_part(row + column * 2, n);
+  }
+};
+
+template <class Vector>
+struct Bf16 {
+  using Row = const std::byte*;
+  static inline Row open(const std::byte* row, int64_t) { return row; }
+  static inline auto load(Row row, int64_t column) { return Vector::load_bfloat(row + column * 2); }
+  static inline auto load_part(Row row, int64_t column, int64_t n) {
+    return Vector::load_bfloat_part(row + column * 2, n);
+  }
+};
+
+template <class Vector>
+struct QuantisedRow {
+  const std::byte* data;
+  typename Vector::Float scale;
+  typename Vector::Float bias;
+
+  inline auto value(typename Vector::Float q) const { return Vector::multiply_add(q, scale, bias); }
+};
+
+template <class Vector>
+struct Int8 {
+  using Row = QuantisedRow<Vector>;
+  static inline Row open(const std::byte* row, int64_t dim) {
+    float scale_bias[2];
+    __builtin_memcpy(scale_bias, row + dim, sizeof scale_bias);
+    return {row, Vector::broadcast(scale_bias[0]), Vector::broadcast(scale_bias[1])};
+  }
+  static inline auto load(const Row& row, int64_t column) { return row.value(Vector::load_bytes(row.data + column)); }
+  static inline auto load_part(const Row& row, int64_t column, int64_t n) {
+    return row.value(Vector::load_bytes_part(row.data + column, n));
+  }
+};
+
+template <class Vector>
+struct Int4 {
+  using Row = QuantisedRow<Vector>;
+  static inline Row open(const std::byte* row, int64_t dim) {
+    const std::byte* scale_bias = row + (dim + 1) / 2;
+    return {row, Vector::broadcast(Vector::half(scale_bias)), Vector::broadcast(Vector::half(scale_bias + 2))};
+  }
+  static inline auto load(const Row& row, int64_t column) {
+    return row.value(Vector::load_nibbles(row.data + column / 2));
+  }
+  static inline auto load_part(const Row& row, int64_t column, int64_t n) {
+    return row.value(Vector::load_nibbles_part(row.data + column / 2, n));
   }
 };
 
@@ -191,10 +242,14 @@ struct InRegisters {
     }
     Float sum[N];
     float weight = Combine::weighted ? read_once(weights + bag.next - 1) : 1.0f;
-    for (int v = 0; v < N; ++v) sum[v] = Combine::first(Format::load(row, v * Vector::width), weight);
+    {
+      const auto first = Format::open(row, N * Vector::width);
+      for (int v = 0; v < N; ++v) sum[v] = Combine::first(Format::load(first, v * Vector::width), weight);
+    }
     while ((row = next_row(task, rows, bag, absent)) != nullptr) {
       if constexpr (Combine::weighted) weight = read_once(weights + bag.next - 1);
-      for (int v = 0; v < N; ++v) sum[v] = Combine::next(sum[v], Format::load(row, v * Vector::width), weight);
+      const auto next = Format::open(row, N * Vector::width);
+      for (int v = 0; v < N; ++v) sum[v] = Combine::next(sum[v], Format::load(next, v * Vector::width), weight);
     }
     const int64_t count = (bag.end - begin) - (absent - absent_before);
     if (task.pooling == Pooling::mean && count > 1) {
@@ -213,7 +268,7 @@ struct InBlocks {
   static constexpr int kBlock = 4;      // vectors per block: four chains hide the latency of an addition
 
   struct Group {
-    const std::byte* rows[kGroup];
+    typename Format::Row rows[kGroup];
     float weights[kGroup];
     int64_t size;
     bool first;
@@ -228,7 +283,7 @@ struct InBlocks {
       while (group.size < kGroup) {
         const std::byte* row = next_row(task, rows, bag, absent);
         if (row == nullptr) break;
-        group.rows[group.size] = row;
+        group.rows[group.size] = Format::open(row, task.dim);
         if constexpr (Combine::weighted) group.weights[group.size] = read_once(task.weights + bag.next - 1);
         ++group.size;
       }
@@ -301,12 +356,12 @@ struct Unpooled {
       if (row == nullptr) {
         store_zeros<Vector>(out, task.dim);
       } else {
-        copy(row, out, task.dim);
+        copy(Format::open(row, task.dim), out, task.dim);
       }
     }
   }
 
-  static inline void copy(const std::byte* row, float* out, int64_t dim) {
+  static inline void copy(const typename Format::Row& row, float* out, int64_t dim) {
     int64_t c = 0;
     for (; c + Vector::width <= dim; c += Vector::width) Vector::store(out + c, Format::load(row, c));
     if (c < dim) Vector::store_part(out + c, Format::load_part(row, c, dim - c), dim - c);
@@ -369,8 +424,18 @@ void pool_by_mode(PoolTask& task, Lookahead& ahead) {
 
 template <class Vector>
 void pool(PoolTask& task, Lookahead& ahead) {
-  if (task.format == RowFormat::fp32) return pool_by_mode<Vector, Fp32<Vector>>(task, ahead);
-  pool_by_mode<Vector, Fp16<Vector>>(task, ahead);
+  switch (task.format) {
+    case RowFormat::fp32:
+      return pool_by_mode<Vector, Fp32<Vector>>(task, ahead);
+    case RowFormat::fp16:
+      return pool_by_mode<Vector, Fp16<Vector>>(task, ahead);
+    case RowFormat::bf16:
+      return pool_by_mode<Vector, Bf16<Vector>>(task, ahead);
+    case RowFormat::int8:
+      return pool_by_mode<Vector, Int8<Vector>>(task, ahead);
+    case RowFormat::int4:
+      return pool_by_mode<Vector, Int4<Vector>>(task, ahead);
+  }
 }
 
 }  // namespace

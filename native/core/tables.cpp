@@ -65,7 +65,7 @@ Pooling parse_pooling(const std::string& name) {
 }
 
 RowFormat parse_row_format(const std::string& name) {
-  return parse_name<RowFormat>("row_format", name, {"fp32", "fp16"});
+  return parse_name<RowFormat>("row_format", name, {"fp32", "fp16", "bf16", "int8", "int4"});
 }
 
 OutOfRange parse_out_of_range(const std::string& name) {

@@ -12,7 +12,9 @@
 namespace sidepool {
 
 enum class Pooling : uint8_t { sum = 0, mean = 1, max = 2, none = 3 };
-enum class RowFormat : uint8_t { fp32 = 0, fp16 = 1 };
+// int8 and int4 are FBGEMM's fused rows: `dim` bytes, then scale and bias as fp32; or two values a byte, the lower four
+// bits first, then scale and bias as fp16. A value is scale · q + bias.
+enum class RowFormat : uint8_t { fp32 = 0, fp16 = 1, bf16 = 2, int8 = 3, int4 = 4 };
 enum class OutOfRange : uint8_t { error = 0, zero = 1, default_row = 2, hash = 3 };
 
 Pooling parse_pooling(const std::string& name);  // Error(rejected) on an unknown name
@@ -22,7 +24,20 @@ OutOfRange parse_out_of_range(const std::string& name);
 constexpr int32_t kMaxDim = 4096;               // as wire/plan.py
 constexpr int64_t kMaxRows = int64_t(1) << 48;  // as wire/plan.py; with kMaxDim no byte count overflows 63 bits
 
-constexpr size_t row_bytes(RowFormat format, int32_t dim) { return size_t(dim) * (format == RowFormat::fp32 ? 4 : 2); }
+constexpr size_t row_bytes(RowFormat format, int32_t dim) {
+  switch (format) {
+    case RowFormat::fp32:
+      return size_t(dim) * 4;
+    case RowFormat::fp16:
+    case RowFormat::bf16:
+      return size_t(dim) * 2;
+    case RowFormat::int8:
+      return size_t(dim) + 8;
+    case RowFormat::int4:
+      return (size_t(dim) + 1) / 2 + 4;
+  }
+  return 0;
+}
 
 // A table as the kernels see it. `base` may be replaced once (promotion into huge pages) while lookups run:
 // read it once per feature, with acquire.

@@ -1,6 +1,7 @@
 // Pooling, tables and CRC-32C against naive definitions, at every SIMD level of this machine.
 #include "pooling.hpp"
 
+#include <fcntl.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -60,16 +61,7 @@ struct Rows {
   Rows(int64_t rows_, int32_t dim_, RowFormat format_, size_t misalignment_ = 0)
       : rows(rows_), dim(dim_), format(format_), misalignment(misalignment_) {
     memory.reset(new std::byte[misalignment + size_t(rows) * row_bytes(format, dim)]);
-    for (int64_t i = 0; i < rows * dim; ++i) {
-      if (format == RowFormat::fp32) {
-        const float x = random_float();
-        std::memcpy(data() + i * 4, &x, 4);
-      } else {
-        // Finite halves of every kind, subnormals and both zeros among them.
-        const auto half = uint16_t((random_int(0, 1) << 15) | random_int(0, 16 * 1024 + 1023));
-        std::memcpy(data() + i * 2, &half, 2);
-      }
-    }
+    for (int64_t row = 0; row < rows; ++row) fill(row);
     table.base.store(data());
     table.rows = rows;
     table.dim = dim;
@@ -78,18 +70,82 @@ struct Rows {
 
   std::byte* data() const { return memory.get() + misalignment; }
 
-  double at(int64_t row, int32_t column) const {
-    const int64_t i = row * dim + column;
+  std::byte* at_row(int64_t row) const { return data() + size_t(row) * row_bytes(format, dim); }
+
+  // Any bits are a row of int8 or int4; scale and bias are such that scale · q + bias is exact in fp32.
+  void fill(int64_t row) const {
+    std::byte* const bytes = at_row(row);
     if (format == RowFormat::fp32) {
-      float x;
-      std::memcpy(&x, data() + i * 4, 4);
-      return double(x);
+      for (int32_t c = 0; c < dim; ++c) write(bytes + c * 4, random_float());
+    } else if (format == RowFormat::fp16) {
+      // Finite halves of every kind, subnormals and both zeros among them.
+      for (int32_t c = 0; c < dim; ++c) {
+        write(bytes + c * 2, uint16_t((random_int(0, 1) << 15) | random_int(0, 16 * 1024 + 1023)));
+      }
+    } else if (format == RowFormat::bf16) {
+      for (int32_t c = 0; c < dim; ++c) {
+        write(bytes + c * 2, uint16_t((random_int(0, 1) << 15) | random_int(60 << 7, 130 << 7)));
+      }
+    } else {
+      const size_t codes = format == RowFormat::int8 ? size_t(dim) : size_t(dim + 1) / 2;
+      for (size_t i = 0; i < codes; ++i) bytes[i] = std::byte(random_int(0, 255));
+      const auto scale = int(random_int(1, 15)), bias = int(random_int(-100, 100));
+      if (format == RowFormat::int8) {
+        write(bytes + codes, float(scale) / 64);
+        write(bytes + codes + 4, float(bias) / 64);
+      } else {
+        write(bytes + codes, half_of_64ths(scale));
+        write(bytes + codes + 2, half_of_64ths(bias));
+      }
     }
-    uint16_t half;
-    std::memcpy(&half, data() + i * 2, 2);
-    return half_value(half);
+  }
+
+  double at(int64_t row, int32_t column) const {
+    const std::byte* const bytes = at_row(row);
+    switch (format) {
+      case RowFormat::fp32:
+        return double(read<float>(bytes + column * 4));
+      case RowFormat::fp16:
+        return half_value(read<uint16_t>(bytes + column * 2));
+      case RowFormat::bf16: {
+        const int code = read<uint16_t>(bytes + column * 2);
+        return ((code & 0x8000) != 0 ? -1 : 1) * std::ldexp(128 + (code & 127), ((code >> 7) & 255) - 127 - 7);
+      }
+      case RowFormat::int8:
+        return double(read<float>(bytes + dim)) * int(bytes[column]) + double(read<float>(bytes + dim + 4));
+      case RowFormat::int4: {
+        const std::byte* const tail = bytes + (dim + 1) / 2;
+        const int pair = int(bytes[column / 2]);
+        const int code = column % 2 == 0 ? pair % 16 : pair / 16;
+        return half_value(read<uint16_t>(tail)) * code + half_value(read<uint16_t>(tail + 2));
+      }
+    }
+    std::abort();
+  }
+
+  template <class T>
+  static T read(const std::byte* from) {
+    T x;
+    std::memcpy(&x, from, sizeof x);
+    return x;
+  }
+  template <class T>
+  static void write(std::byte* to, T x) {
+    std::memcpy(to, &x, sizeof x);
+  }
+  // The half that is n / 64, for |n| < 1024.
+  static uint16_t half_of_64ths(int n) {
+    if (n == 0) return 0;
+    const int magnitude = std::abs(n);
+    const int exponent = std::ilogb(magnitude);
+    return uint16_t((n < 0 ? 0x8000 : 0) | (exponent - 6 + 15) << 10 | ((magnitude << (10 - exponent)) & 1023));
   }
 };
+
+const RowFormat kFormats[] = {RowFormat::fp32, RowFormat::fp16, RowFormat::bf16, RowFormat::int8, RowFormat::int4};
+const char* const kFormatNames[] = {"fp32", "fp16", "bf16", "int8", "int4"};
+
+RowFormat random_format() { return kFormats[random_int(0, 4)]; }
 
 struct Bags {
   std::vector<int64_t> values;
@@ -210,12 +266,12 @@ const char* const kPoolingNames[] = {"sum", "mean", "max", "none"};
 void pooling_equals_the_naive_definition_for_any_dim() {
   for (const int32_t dim : {1,  2,  3,   4,   7,   8,   9,   15,  16,  17,  24,  31,  32,  33,   48,  63,
                             64, 65, 100, 127, 128, 129, 200, 255, 256, 257, 300, 511, 513, 1000, 4096}) {
-    for (const RowFormat format : {RowFormat::fp32, RowFormat::fp16}) {
+    for (const RowFormat format : kFormats) {
       const Rows rows(37, dim, format, dim % 3 == 0 ? 0 : 2);
       for (const Pooling pooling : kPoolings) {
         for (const bool weighted : {false, true}) {
-          const std::string what = std::string(kPoolingNames[int(pooling)]) + " dim " + std::to_string(dim) +
-                                   (format == RowFormat::fp16 ? " fp16" : " fp32") + (weighted ? " weighted" : "");
+          const std::string what = std::string(kPoolingNames[int(pooling)]) + " dim " + std::to_string(dim) + " " +
+                                   kFormatNames[int(format)] + (weighted ? " weighted" : "");
           compare(rows, pooling, random_bags(rows.rows, dim > 512 ? 5 : 13, dim > 512 ? 12 : 25), weighted, what);
         }
       }
@@ -224,9 +280,9 @@ void pooling_equals_the_naive_definition_for_any_dim() {
 }
 
 void pooling_equals_the_naive_definition_for_random_shapes() {
-  for (int i = 0; i < 300; ++i) {
+  for (int i = 0; i < 500; ++i) {
     const auto dim = int32_t(random_int(1, 150));
-    const RowFormat format = random_int(0, 1) == 0 ? RowFormat::fp32 : RowFormat::fp16;
+    const RowFormat format = random_format();
     const Rows rows(random_int(1, 200), dim, format, size_t(random_int(0, 70)));
     const Pooling pooling = kPoolings[random_int(0, 3)];
     const Bags bags = random_bags(rows.rows, int32_t(random_int(0, 80)), int32_t(random_int(0, 40)));
@@ -244,7 +300,7 @@ void ids_outside_a_table_follow_its_policy() {
                          -(int64_t(1) << 40)};
   for (const int32_t dim : {16, 64, 100, 128, 333}) {
     for (const OutOfRange policy : {OutOfRange::zero, OutOfRange::default_row, OutOfRange::hash}) {
-      Rows rows(50, dim, dim == 100 ? RowFormat::fp16 : RowFormat::fp32);
+      Rows rows(50, dim, random_format());
       rows.table.policy = policy;
       rows.table.default_row = 49;
       for (int round = 0; round < 8; ++round) {
@@ -343,8 +399,7 @@ void features_pooled_with_one_lookahead_are_those_pooled_alone() {
     for (size_t f = 0; f < features; ++f) {
       constexpr int32_t dims[] = {1, 8, 64, 128, 300, 4096};
       const int32_t dim = dims[random_int(0, 5)];
-      tables.push_back(
-          std::make_unique<Rows>(random_int(1, 40), dim, random_int(0, 1) ? RowFormat::fp32 : RowFormat::fp16));
+      tables.push_back(std::make_unique<Rows>(random_int(1, 40), dim, random_format()));
       tables.back()->table.policy = random_int(0, 1) ? OutOfRange::zero : OutOfRange::hash;
       const int32_t batch = int32_t(random_int(0, 4));
       bags.push_back(random_bags(tables.back()->rows + random_int(0, 2), batch, random_int(0, 3) ? 5 : 80));
@@ -411,6 +466,17 @@ void a_bag_of_one_id_is_a_bit_exact_copy() {
       expect(std::memcmp(out.data(), rows.data(), out.size() * 4) == 0,
              std::string("exact copy ") + kPoolingNames[int(pooling)] + " dim " + std::to_string(dim));
     }
+  }
+}
+
+void a_row_takes_the_bytes_its_format_says() {
+  const size_t want[5][3] = {{4, 20, 16384}, {2, 10, 8192}, {2, 10, 8192}, {9, 13, 4104}, {5, 7, 2052}};
+  for (const RowFormat format : kFormats) {
+    const int32_t dims[] = {1, 5, 4096};
+    for (int i = 0; i < 3; ++i) {
+      expect(row_bytes(format, dims[i]) == want[int(format)][i], std::string("row_bytes ") + kFormatNames[int(format)]);
+    }
+    expect(parse_row_format(kFormatNames[int(format)]) == format, "row format names");
   }
 }
 
@@ -575,6 +641,29 @@ bool refuses(Status status, const std::function<void()>& call) {
   return false;
 }
 
+void rows_past_2_31_of_tables_past_2_32_elements_are_found() {
+  constexpr int64_t count = (int64_t(1) << 31) + 5;
+  const Rows last(1, 3, RowFormat::int8);
+  const size_t bytes = row_bytes(RowFormat::int8, 3);
+  const RowFile file(last, 0);  // grows into holes: the disk holds a few kilobytes
+  expect(truncate(file.path, off_t(count * int64_t(bytes))) == 0, "a sparse file of 23 GB");
+  const int fd = open(file.path, O_WRONLY | O_CLOEXEC);
+  expect(pwrite(fd, last.data(), bytes, off_t((count - 1) * int64_t(bytes))) == ssize_t(bytes), "its last row");
+  close(fd);
+  TableSet set(1, 1, 1);
+  set.add_file(0, file.path, 0, count, 3, RowFormat::int8, OutOfRange::zero, 0);
+  const Bags bags{{count - 1, count, 0, count / 2}, {1, 1, 1, 1}, {}};
+  std::vector<float> out(12, kCanary);
+  PoolCounts counts;
+  expect(pool_feature(set.table(0), Pooling::sum, bags.input(false), out.data(), 3, counts).status == Status::ok,
+         "far rows");
+  for (size_t c = 0; c < 3; ++c) {
+    const auto want = float(last.at(0, int32_t(c)));
+    expect(out[c] == want && out[3 + c] == 0 && out[6 + c] == want && out[9 + c] == 0, "far rows: values");
+  }
+  expect(counts.out_of_range == 1 && counts.rows_read == 3, "far rows: counts");
+}
+
 void set_up_refuses_what_cannot_work() {
   const Rows rows(10, 8, RowFormat::fp32);
   const RowFile file(rows, 0);
@@ -694,6 +783,8 @@ int main() {
   RUN(crc32c_equals_its_definition);
   RUN(the_hash_of_an_id_never_changes);
   RUN(set_up_refuses_what_cannot_work);
+  RUN(a_row_takes_the_bytes_its_format_says);
+  RUN(rows_past_2_31_of_tables_past_2_32_elements_are_found);
   for (const std::string& level : simd_levels()) {
     force_simd_level(level);
     RUN_AT(level, pooling_equals_the_naive_definition_for_any_dim);

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from sidepool import _native
 from sidepool.__main__ import main
-from sidepool.partition import checkpoints, convert
+from sidepool.partition import checkpoints, convert, shard_writer
 from sidepool.partition.checkpoints import open_checkpoint
 from sidepool.sidecar.config import load_sidecar_config
 from sidepool.sidecar.loader import load
@@ -59,7 +59,7 @@ def test_an_hps_table_whose_keys_are_in_order_is_taken_as_it_is(tmp_path: Path) 
 
 def test_the_rows_of_permuted_keys_go_where_their_keys_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoints, "CHUNK_KEYS", 7)
-    monkeypatch.setattr(convert, "CHUNK_BYTES", 6 * 4 * 9)
+    monkeypatch.setattr(shard_writer, "CHUNK_BYTES", 6 * 4 * 9)
     keys = np.random.default_rng(1).permutation(50)
     source = write_hps(tmp_path / "users", ROWS[keys], keys)
     convert.convert([source], tmp_path / "out", name="m")
@@ -69,7 +69,7 @@ def test_the_rows_of_permuted_keys_go_where_their_keys_say(tmp_path: Path, monke
 def test_a_directory_of_hps_tables_is_spread_over_sidecars(tmp_path: Path) -> None:
     for i in range(3):
         write_hps(tmp_path / "model" / f"sparse{i}.model", ROWS + i)
-    plan = convert.convert([tmp_path / "model"], tmp_path / "out", name="m", sidecars=2)
+    plan = convert.convert([tmp_path / "model"], tmp_path / "out", name="m", sidecars=2).plan
     assert sorted(set(plan.sidecar_of_table)) == [0, 1]
     found = served(tmp_path / "out")
     for i in range(3):
@@ -210,7 +210,7 @@ def test_two_tables_of_one_name_are_refused(tmp_path: Path) -> None:
 
 
 def test_progress_counts_every_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convert, "CHUNK_BYTES", 6 * 4 * 20)
+    monkeypatch.setattr(shard_writer, "CHUNK_BYTES", 6 * 4 * 20)
     steps: list[tuple[int, int]] = []
     source = write_hps(tmp_path / "users")
     convert.convert([source], tmp_path / "out", name="m", progress=lambda done, total: steps.append((done, total)))

@@ -208,7 +208,7 @@ def test_wrong_addresses_are_refused(tmp_path: Path, addresses: list[str], match
 
 
 def test_a_wrong_row_format_is_refused(tmp_path: Path) -> None:
-    refused(tmp_path, Small(), IDS, "row_format: found 'int8'; allowed: fp32, fp16", PlanError, row_format="int8")
+    refused(tmp_path, Small(), IDS, "row_format: found 'int2'; allowed: fp32, fp16, bf16, int8, int4", PlanError, row_format="int2")
 
 
 def test_an_output_directory_that_holds_something_is_left_alone(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -304,14 +305,30 @@ def test_tied_parameters_are_one_table_and_keyword_examples_work(tmp_path: Path)
     assert [f.name for f in report.plan.features] == ["a", "b"]
 
 
-@pytest.mark.parametrize("row_format", ["fp16"])
-def test_half_rows_are_within_half_precision(tmp_path: Path, row_format: str) -> None:
+@pytest.mark.parametrize(("row_format", "allowed"), [("fp16", 1e-3), ("bf16", 1e-2), ("int8", 1e-2), ("int4", 0.2)])
+def test_narrow_rows_are_within_their_precision_and_the_report_says_how_far(
+    tmp_path: Path, row_format: str, allowed: float
+) -> None:
     model, example = single_id(max_rows=100)
-    partition_model(model, example, tmp_path / "out", name="m", row_format=row_format)
+    report = partition_model(model, example, tmp_path / "out", name="m", row_format=row_format)
     oracle = ArtifactOracle(tmp_path / "out")
-    assert all(t.dtype is torch.float16 for t in oracle.tables.values())
     with torch.no_grad():
-        torch.testing.assert_close(oracle(*example)[0], model(*example), rtol=0, atol=1e-3)
+        torch.testing.assert_close(oracle(*example)[0], model(*example), rtol=0, atol=allowed)
+    original = {name.removesuffix(".weight"): p for name, p in model.named_parameters() if name.startswith("tables.")}
+    assert original.keys() == oracle.tables.keys()
+    for table in json.loads((tmp_path / "out" / "report.json").read_text())["tables"]:
+        error = oracle.tables[table["name"]].double() - original[table["name"]].detach().double()
+        assert table["row_format"] == row_format
+        assert table["max_abs_error"] == pytest.approx(float(error.abs().max()), rel=1e-4, abs=1e-7)
+        assert table["rms_error"] == pytest.approx(float(error.square().mean().sqrt()), rel=1e-4, abs=1e-7)
+    assert "largest error" in report.text
+    assert f" {row_format} " in report.text
+
+
+def test_rows_as_the_model_has_them_have_no_error(tmp_path: Path) -> None:
+    model, example = single_id(max_rows=100)
+    report = partition_model(model, example, tmp_path / "out", name="m")
+    assert all(t["max_abs_error"] == t["rms_error"] == 0 for t in report.json["tables"])
 
 
 def test_partitioning_leaves_the_model_as_it_was(tmp_path: Path) -> None:

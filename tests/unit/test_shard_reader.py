@@ -8,9 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save_file
+from safetensors.torch import load_file
 
 from sidepool import _native
+from sidepool.partition.rows import decode, encode
+from sidepool.partition.shard_writer import write_shard
 from sidepool.wire.checksum import crc32c
 from sidepool.wire.errors import PlanError, ShardCorrupt
 from sidepool.wire.plan import Feature, OutOfRange, Plan, RowFormat, Shard, SidecarAddress, Table
@@ -60,6 +64,25 @@ def write_header(path: Path, **changes: object) -> None:
     entry = {"dtype": "F32", "shape": [5, 4], "data_offsets": [0, 80], **changes}
     text = json.dumps({"users": entry}).encode()
     write_raw(path, text + b" " * (-len(text) % 8))
+
+
+@pytest.mark.parametrize("row_format", list(RowFormat))
+def test_a_table_of_any_row_format_is_written_found_and_pooled(tmp_path: Path, row_format: RowFormat) -> None:
+    rows = torch.randn(70, 5, generator=torch.Generator().manual_seed(3))
+    table = Table(name="users", rows=70, dim=5, row_format=row_format)
+    placed = plan().model_copy(
+        update={"tables": (table,), "shards": (Shard(table="users", sidecar="sc0", rows=(0, 70), columns=(0, 5)),)}
+    )
+    entry, _ = write_shard(tmp_path, "users.safetensors", table, lambda begin, end: rows[begin:end])
+    stored = encode(rows, row_format)
+    assert torch.equal(load_file(tmp_path / "users.safetensors")["users"], stored)
+    assert entry.crc32c == reference_crc32c(stored.view(torch.uint8).numpy().tobytes())
+    save_manifest(ShardManifest(sidecar="sc0", plan_fingerprint=placed.fingerprint, shards=(entry,)), tmp_path)
+    tables = build_table_set(placed, [tmp_path])
+    assert tables.bytes == table.bytes == stored.nbytes
+    out = np.empty((70, 5), np.float32)
+    assert _native.pool(tables, 0, np.arange(70), np.ones(70, np.int32), None, out)[0] == 0
+    np.testing.assert_allclose(out, decode(stored, row_format, 5), rtol=1e-6, atol=1e-6)
 
 
 def test_the_checksum_is_crc32c_and_continues_from_a_seed() -> None:

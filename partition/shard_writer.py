@@ -1,0 +1,67 @@
+"""Write a table as a shard file, block by block: encoded, checked, summed, and compared with what it was made from."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sidepool.partition.rows import RowError, decode, encode
+from sidepool.wire.checksum import crc32c
+from sidepool.wire.errors import CutError
+from sidepool.wire.plan import Table
+from sidepool.wire.shards import ShardFile
+
+# Bytes of fp32 rows that are read, encoded and written at a time: large enough for a disk, small beside any table.
+CHUNK_BYTES = 16 << 20
+# Where the tensor begins in its file: rows of whole cache lines then lie on cache lines.
+ALIGNMENT = 64
+
+
+def write_shard(
+    directory: Path,
+    file: str,
+    table: Table,
+    read: Callable[[int, int], Tensor],
+    written: Callable[[int], None] = lambda count: None,
+) -> tuple[ShardFile, RowError]:
+    """Write `file` for a whole table; returns its manifest entry and how far its rows are from those read.
+
+    read: gives float rows `[begin, end)`. written: is told the bytes of every block. Raises `CutError` for rows that hold
+    NaN or infinity once they are stored.
+    """
+    shard = ShardFile(table=table.name, file=file, rows=table.rows, dim=table.dim, row_format=table.row_format, crc32c=0)
+    error, checksum = RowError(), 0
+    step = max(1, CHUNK_BYTES // (table.dim * 4))
+    with (directory / file).open("wb") as out:
+        out.write(_header(shard))
+        for begin in range(0, table.rows, step):
+            rows = read(begin, min(begin + step, table.rows))
+            stored = encode(rows, table.row_format)
+            _check_finite(table, begin, stored)
+            if stored.dtype is not rows.dtype:
+                error = error.plus(rows, stored, table.row_format)
+            content = stored.view(torch.uint8).numpy()
+            checksum = crc32c(content, checksum)
+            out.write(content.data)
+            written(content.nbytes)
+    return shard.model_copy(update={"crc32c": checksum}), error
+
+
+def _header(shard: ShardFile) -> bytes:
+    """The front of a safetensors file of one tensor (https://github.com/huggingface/safetensors#format)."""
+    dtype, shape = shard.tensor
+    text = json.dumps({shard.table: {"dtype": dtype, "shape": shape, "data_offsets": [0, shard.bytes]}}).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _check_finite(table: Table, begin: int, stored: Tensor) -> None:
+    finite = torch.isfinite(decode(stored, table.row_format, table.dim)).all(dim=1)
+    if not bool(finite.all()):
+        row = begin + int((~finite).nonzero()[0])
+        raise CutError(f"table {table.name}: row {row} holds NaN or infinity as {table.row_format}; allowed: finite values")
