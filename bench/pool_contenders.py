@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ NULL_BATCHES = 1000
 # `(first, count)`: looks `count` successive batches up.
 Run = Callable[[int, int], object]
 
-SPARSE_TYPES = {RowFormat.FP32: SparseType.FP32, RowFormat.FP16: SparseType.FP16}
+SPARSE_TYPES = {RowFormat.FP32: SparseType.FP32, RowFormat.FP16: SparseType.FP16, RowFormat.INT8: SparseType.INT8}
 TORCH_TYPES = {RowFormat.FP32: torch.float32, RowFormat.FP16: torch.float16}
 
 
@@ -56,23 +57,33 @@ class Tables:
 
 def make_tables(shape: Shape, row_format: RowFormat, seed: int) -> Tables:
     """Tables of `shape`, all with the same random rows in [-0.5, 0.5)."""
-    rows = _random_rows(shape, row_format, seed)
+    our_rows, their_rows = _random_rows(shape, row_format, seed)
     ours = _native.TableSet(1, shape.tables, shape.tables)
     specs = [(f"t{t}", shape.rows, shape.dim, SPARSE_TYPES[row_format], EmbeddingLocation.HOST) for t in range(shape.tables)]
     fbgemm = IntNBitTableBatchedEmbeddingBagsCodegen(specs, device="cpu", output_dtype=SparseType.FP32)
     fbgemm.initialize_weights()
-    flat = torch.from_numpy(rows.view(np.uint8).reshape(-1))
+    flat = torch.from_numpy(their_rows.view(np.uint8).reshape(-1))
     for t, begin in enumerate(fbgemm.weights_offsets.tolist()):
-        ours.add_table_array(t, rows, "error", 0)
+        ours.add_table_array(t, our_rows, "error", 0, str(row_format), shape.dim)
         ours.add_feature(t, t, "sum", False)
         fbgemm.weights_host[begin : begin + len(flat)] = flat
     ours.seal()
     return Tables(shape, row_format, ours, fbgemm)
 
 
-def _random_rows(shape: Shape, row_format: RowFormat, seed: int) -> NDArray[np.generic]:
-    rows = np.random.default_rng(seed).random((shape.rows, shape.dim), np.float32) - np.float32(0.5)
-    return rows.astype(np.float16) if row_format is RowFormat.FP16 else rows
+def _random_rows(shape: Shape, row_format: RowFormat, seed: int) -> tuple[NDArray[Any], NDArray[Any]]:
+    """The same rows as we and as FBGEMM's module lay them out (docs/row-formats.md)."""
+    random = np.random.default_rng(seed)
+    if row_format is not RowFormat.INT8:
+        rows = random.random((shape.rows, shape.dim), np.float32) - np.float32(0.5)
+        rows = rows.astype(np.float16) if row_format is RowFormat.FP16 else rows
+        return rows, rows
+    codes = random.integers(0, 256, (shape.rows, shape.dim), np.uint8)
+    # Scale and bias of each row: exact in both precisions, or the two would pool different rows.
+    scale = (random.random((shape.rows, 1)) / 510 + 1 / 510).astype(np.float16)
+    tail = np.concatenate([scale, (-127.5 * scale).astype(np.float16)], axis=1)
+    ours = np.concatenate([codes, tail.astype(np.float32).view(np.uint8)], axis=1)
+    return ours, np.concatenate([tail.view(np.uint8), codes], axis=1)
 
 
 def make_contenders(tables: Tables, batches: Sequence[Batch]) -> list[Contender]:
