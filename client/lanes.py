@@ -78,9 +78,11 @@ class LaneOptions:
     def __post_init__(self) -> None:
         if self.lane not in get_args(Lane):
             raise ConfigError(f"lane: found {self.lane!r}; allowed: {', '.join(get_args(Lane))}")
-        if (self.lane == "local") != bool(self.shards):
+        if self.lane == "local" and not self.shards:
+            raise ConfigError("shards_dir: missing; lane 'local' maps the shards itself and needs their directories")
+        if self.lane != "local" and self.shards:
             raise ConfigError(
-                f"shards_dir: found {[str(s) for s in self.shards]} with lane {self.lane!r}; it goes with lane 'local', only"
+                f"shards_dir: found {[str(s) for s in self.shards]} with lane {self.lane!r}; allowed: only with lane 'local'"
             )
         if not self.connect_timeout_s > 0:
             raise ConfigError(f"connect_timeout_s: found {self.connect_timeout_s}; allowed: above 0")

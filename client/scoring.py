@@ -56,7 +56,8 @@ class ScoreClient:
         """Connect to `url` (`host:port`) and read the model's configuration, once.
 
         shared_memory_bytes_threshold: requests from this size on go through system shared memory if Triton runs on this
-        host; None switches that off. features: names of the sparse columns in model order, for arrays given by name.
+        host; None switches that off. features: your own names for the sparse columns, in
+        model order, for arrays given by name; jagged features have the model's names without it.
         Raises `TransportError` (no Triton there), `ConfigError` (no such model, or tritonclient is not installed).
         """
         if protocol not in ("grpc", "http"):

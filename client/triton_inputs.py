@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sidepool.client.arguments import bag_lengths, bag_weights, id_values
-from sidepool.wire.errors import LookupRejected
+from sidepool.wire.errors import ConfigError, LookupRejected
 
 LENGTHS, VALUES, WEIGHTS = ".lengths", ".values", ".weights"
 
@@ -188,14 +188,22 @@ class ModelInputs:
 
 
 def read_model_inputs(config: Mapping[str, Any], features: Sequence[str]) -> ModelInputs:
-    """Decode a model configuration as Triton's clients return it (sizes may be strings there)."""
+    """Decode a model configuration as Triton's clients return it (sizes may be strings there).
+
+    features: the caller's own names for the sparse columns; without them, jagged features go by the model's names.
+    Raises `ConfigError` where the caller's names are the model's in another order.
+    """
+    declared = str(config.get("parameters", {}).get("features", {}).get("string_value", ""))
+    named = tuple(declared.split(",")) if declared else ()
+    if features and tuple(features) != named and set(features) == set(named):
+        raise ConfigError(f"features: found the order {', '.join(features)}; allowed: the model's, {declared}")
     return ModelInputs(
         inputs=tuple(
             InputSpec(i["name"], i["data_type"].removeprefix("TYPE_"), tuple(int(d) for d in i["dims"])) for i in config["input"]
         ),
         outputs=tuple(o["name"] for o in config["output"]),
         max_batch=int(config.get("max_batch_size", 0)),
-        features=tuple(features),
+        features=tuple(features) or named,
     )
 
 

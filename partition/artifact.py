@@ -100,7 +100,13 @@ def make_sidecar_directory(directory: Path, sidecar: SidecarAddress) -> Path:
         "name": sidecar.name,
         "plan": f"../../{PLAN_FILE}",
         "shards": "shards",
-        "listen": {"grpc": sidecar.address, "tcp": "127.0.0.1:0", "unix": None, "metrics": "127.0.0.1:0"},
+        # tcp on the host that rankers were told; a port is chosen at start and told to them by Connect.
+        "listen": {
+            "grpc": sidecar.address,
+            "tcp": f"{sidecar.address.rpartition(':')[0]}:0",
+            "unix": None,
+            "metrics": "127.0.0.1:0",
+        },
     }
     (shards.parent / "sidecar.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     return shards

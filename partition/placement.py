@@ -16,7 +16,10 @@ def place_tables(tables: Sequence[Table], loads: Mapping[str, float], sidecars: 
     Every sidecar gets at least one table. Raises `PlanError` if there are fewer tables than sidecars, or none wanted.
     """
     if not 1 <= sidecars <= len(tables):
-        raise PlanError(f"sidecars: found {sidecars}; allowed: 1 to {len(tables)}, since each holds at least one whole table")
+        raise PlanError(
+            f"sidecars: found {sidecars}; allowed: 1 to {len(tables)}, since each holds at least one whole table\n"
+            f"remedy: --sidecars {len(tables)} (sidecars={len(tables)})"
+        )
     all_bytes = sum(t.bytes for t in tables)
     all_loads = sum(loads.values()) or 1.0
     shares = [(t.bytes / all_bytes, loads[t.name] / all_loads) for t in tables]

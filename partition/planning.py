@@ -53,4 +53,8 @@ def _addresses(found: Sequence[str] | None, sidecars: int) -> Sequence[str]:
         return [f"127.0.0.1:{FIRST_PORT + i}" for i in range(sidecars)]
     if len(found) != sidecars or len(set(found)) != sidecars:
         raise PlanError(f"addresses: found {list(found)}; allowed: {sidecars} different addresses, one per sidecar")
+    for address in found:
+        host, colon, port = address.rpartition(":")
+        if not host or not colon or not port.isdigit():
+            raise PlanError(f"addresses: found {address!r}; allowed: HOST:PORT, such as 127.0.0.1:{FIRST_PORT}")
     return found

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sidepool.sidecar import logs
 from sidepool.sidecar.config import load_sidecar_config, schema
+from sidepool.sidecar.control import server_credentials
 from sidepool.sidecar.loader import load
 from sidepool.sidecar.process import SidecarProcess
 
@@ -28,6 +29,8 @@ def run(args: argparse.Namespace) -> int:
     elif args.check:
         config = load_sidecar_config(args.config)
         logs.start_logging(config.log_level)
+        if config.tls is not None:
+            server_credentials(config.tls)
         load(config)
         print(f"{args.config}: sidecar {config.name!r} can start")
     else:

@@ -169,7 +169,7 @@ class ControlPlane:
 
     def _bind(self, config: SidecarConfig) -> str:
         endpoint = config.listen.grpc
-        credentials = _credentials(config.tls) if config.tls is not None else None
+        credentials = server_credentials(config.tls) if config.tls is not None else None
         try:
             if credentials is None:
                 port = self._server.add_insecure_port(endpoint)
@@ -186,7 +186,9 @@ class ControlPlane:
         return join_endpoint(split_endpoint(endpoint)[0], port)
 
 
-def _credentials(tls: Tls) -> grpc.ServerCredentials:
+def server_credentials(tls: Tls) -> grpc.ServerCredentials:
+    """Read the files of `tls`; raises `ConfigError` naming the one that cannot be read."""
+
     def read(field: str, file: str) -> bytes:
         try:
             return Path(file).read_bytes()

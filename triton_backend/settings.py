@@ -32,6 +32,8 @@ class RankerParameters(Frozen):
     """Directory with plan.yaml and model.yaml, absolute or relative to the model's version directory; default: that directory."""
     shards: str = ""
     """Directory with the shard directories, for `lane: local` only; relative to the version directory."""
+    features: str = ""
+    """Names of the jagged features in the order of `sparse.lengths`, separated by commas. For callers: ScoreClient reads it."""
     tls_ca: str = ""
     """PEM file of the authorities that sign the sidecars' certificates; given, the control plane is encrypted. Like the next
     two, absolute or relative to the version directory."""

@@ -296,6 +296,13 @@ def test_a_corrupt_shard_stops_the_start_with_file_and_tensor(artifact: SmallArt
             assert f"{file}: tensor 'users': CRC-32C" in sidecar.stderr[-1]
 
 
+def test_check_looks_for_the_files_of_tls(artifact: SmallArtifact) -> None:
+    artifact.write_config(tls={"cert": "absent.pem", "key": "absent.pem"})
+    with started(artifact.config, "--check") as sidecar:
+        assert sidecar.wait() == 2
+        assert "tls.key: found" in sidecar.stderr[-1]
+
+
 def test_check_finds_nothing_wrong_with_a_good_configuration(artifact: SmallArtifact) -> None:
     with started(artifact.config, "--check") as sidecar:
         assert sidecar.wait() == 0

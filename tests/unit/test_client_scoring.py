@@ -47,6 +47,23 @@ def jagged(weighted: bool = False) -> ModelInputs:
     return read_model_inputs({"input": inputs, "output": [{"name": "score"}], "max_batch_size": 64}, ("user", "item"))
 
 
+def test_jagged_features_go_by_the_models_names_and_never_in_another_order() -> None:
+    config = {
+        "input": [
+            {"name": "sparse.lengths", "data_type": "TYPE_INT32", "dims": [2, -1]},
+            {"name": "sparse.values", "data_type": "TYPE_INT64", "dims": [-1]},
+        ],
+        "output": [{"name": "score"}],
+        "parameters": {"features": {"string_value": "user,item"}},
+    }
+    by_name = {"item": [np.array([7, 8])], "user": [np.array([5])]}
+    sent = read_model_inputs(config, ()).encode({"sparse": by_name})
+    assert sent["sparse.values"].tolist() == [[5, 7, 8]]
+    with pytest.raises(ConfigError, match="features: found the order item, user; allowed: the model's, user,item"):
+        read_model_inputs(config, ("item", "user"))
+    assert read_model_inputs(config, ("buyer", "thing")).features == ("buyer", "thing")
+
+
 def test_fixed_width_matrices_are_sent_as_they_are() -> None:
     sparse = np.array([[1, 2], [3, 4]])
     sent = fixed().encode({"dense": DENSE, "sparse": sparse})

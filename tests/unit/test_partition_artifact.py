@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -95,6 +96,14 @@ def test_the_sidecars_configuration_is_accepted_by_the_sidecar(fixed: tuple[Part
         }  # fmt: skip
 
 
+def test_the_tcp_lane_listens_on_the_host_that_rankers_are_told(tmp_path: Path) -> None:
+    model, inputs = single_id(max_rows=10)
+    addresses = ["10.0.0.7:50151", "[fd00::8]:50151"]
+    partition_model(model, inputs, tmp_path / "out", name="dlrm", addresses=addresses)
+    listens = [yaml.safe_load(p.read_text())["listen"] for p in sorted((tmp_path / "out" / "sidecars").glob("*/sidecar.yaml"))]
+    assert [listen["tcp"] for listen in listens] == ["10.0.0.7:0", "[fd00::8]:0"]
+
+
 def test_fixed_width_inputs_keep_sample_batching(fixed: tuple[PartitionReport, torch.nn.Module]) -> None:
     text = (fixed[0].out_dir / "model_repository/dlrm/config.pbtxt").read_text()
     for expected in (
@@ -116,7 +125,9 @@ def test_jagged_inputs_let_the_batch_dimension_mean_request(jagged: PartitionRep
         '{ name: "score" data_type: TYPE_FP32 dims: [ -1, 1 ] }',
     ):  # fmt: skip
         assert expected in text
-    assert "values_0" not in text
+    assert 'name: "values_0"' not in text
+    names = ",".join(f.name for f in jagged.plan.features)
+    assert f'parameters {{ key: "features" value {{ string_value: "{names}" }} }}' in text
     assert "sparse.weights" not in text
 
 

@@ -199,8 +199,9 @@ def test_more_sidecars_than_tables_are_refused(tmp_path: Path, sidecars: int) ->
     ("addresses", "match"),
     [
         (["127.0.0.1:1", "127.0.0.1:2"], "allowed: 1 different addresses"),
+        (["10.0.0.7"], "addresses: found .10.0.0.7.; allowed: HOST:PORT"),
         (["127.0.0.1:99999"], "sidecars.0.address: found .127.0.0.1:99999.; allowed: host:port, ports 1 to 65535"),
-        (["nowhere"], "sidecars.0.address: found 'nowhere'; allowed: "),
+        (["nowhere"], "addresses: found 'nowhere'; allowed: HOST:PORT"),
     ],
 )
 def test_wrong_addresses_are_refused(tmp_path: Path, addresses: list[str], match: str) -> None:
