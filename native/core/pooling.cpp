@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <numeric>
 
 #include "kernels.hpp"
 
@@ -61,12 +62,11 @@ int32_t rows_ahead(int64_t row_bytes) {
   return int32_t(std::clamp(kBytesAhead / row_bytes, kMinRowsAhead, kMaxRowsAhead));
 }
 
-// A row that does not start on a line may touch one more.
+// Lines that a row touches at most: rows begin `step` bytes apart within a line.
 int32_t row_lines(const std::byte* base, int64_t row_bytes) {
-  const bool aligned =
-      reinterpret_cast<uintptr_t>(base) % kernels::kLineBytes == 0 && row_bytes % kernels::kLineBytes == 0;
-  const int64_t lines = (row_bytes + kernels::kLineBytes - 1) / kernels::kLineBytes + (aligned ? 0 : 1);
-  return int32_t(std::min(lines, kMaxLinesPerRow));
+  const int64_t step = std::gcd(row_bytes, kernels::kLineBytes);
+  const int64_t last_begin = kernels::kLineBytes - step + int64_t(reinterpret_cast<uintptr_t>(base) % uintptr_t(step));
+  return int32_t(std::min((last_begin + row_bytes + kernels::kLineBytes - 1) / kernels::kLineBytes, kMaxLinesPerRow));
 }
 
 std::atomic<const Level*> level_in_use{nullptr};
