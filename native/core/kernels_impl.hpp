@@ -4,6 +4,7 @@
 // Ids, lengths and weights may lie in memory that a peer can write at any moment. Each use of a word reads it into a
 // register, checks it there, and uses only the checked register.
 #pragma once
+#include <algorithm>
 #include <numeric>
 
 #include "kernels.hpp"
@@ -31,7 +32,7 @@ class RowStream {
         window_(task.rows_ahead),
         in_flight_(ahead.in_flight) {
     enter();
-    while (in_flight_ < window_ && fetch_next()) ++in_flight_;
+    for (; in_flight_ < window_ && settle(); ++in_flight_) fetched_.fetch(next_++);
   }
   ~RowStream() {
     ahead_.next = next_;
@@ -40,50 +41,75 @@ class RowStream {
   RowStream(const RowStream&) = delete;
   RowStream& operator=(const RowStream&) = delete;
 
-  // The row of id `i`; call with 0, 1, 2, … only, below value_count.
+  // The row of id `i`, null where none stands for it.
   inline const std::byte* take(int64_t i) {
     // More are in flight than this feature wants where the one before had smaller rows.
-    if (in_flight_ > window_ || !fetch_next()) --in_flight_;
+    if (in_flight_ > window_ || !settle()) {
+      --in_flight_;
+    } else {
+      fetched_.fetch(next_++);
+    }
     const int64_t id = read_once(values_ + i);
     if (uint64_t(id) < rows_) [[likely]]
       return base_ + id * row_bytes_;
     return stand_in_row(task_, id);
   }
 
-  // How many of the next `count` rows may be taken by take_within: the lookahead stays in this feature meanwhile.
-  inline int64_t stays_within(int64_t count) const {
-    if (ahead_.task != &task_ || in_flight_ > window_) return 0;
-    const int64_t left = task_.value_count - next_;
-    return count < left ? count : left;
-  }
+  // The last `count` rows taken will be taken once more.
+  inline void put_back(int64_t count) { in_flight_ += count; }
 
-  // As take, for rows of a size known to the compiler.
-  template <int64_t kRowBytes>
-  inline const std::byte* take_within(int64_t i) {
-    // What rows of this size touch at most where the first begins a line; of one that does not, a line may be missed.
-    constexpr int64_t kStep = std::gcd(kRowBytes, kLineBytes);
-    constexpr int64_t kLines = (kLineBytes - kStep + kRowBytes + kLineBytes - 1) / kLineBytes;
-    const int64_t fetched = read_once(values_ + next_++);
-    if (uint64_t(fetched) < rows_) [[likely]]
-      prefetch_row(base_ + fetched * kRowBytes, kLines);
-    const int64_t id = read_once(values_ + i);
-    if (uint64_t(id) < rows_) [[likely]]
-      return base_ + id * kRowBytes;
-    return stand_in_row(task_, id);
+  // Calls use(i, row) for ids `i`, i + 1, … before `end`, all of whose rows have a size known to the compiler, and
+  // returns where it stopped: at `end`, or before an id that needs `take`. No call in the loops: they would keep `use`
+  // from holding its results in registers.
+  template <int64_t kRowBytes, class Use>
+  [[gnu::always_inline]] inline int64_t run(int64_t i, int64_t end, const Use& use) {
+    while (i < end) {
+      int64_t stop = end, stopped;
+      if (in_flight_ > window_ || !settle()) {
+        if (in_flight_ > window_) stop = std::min(end, i + in_flight_ - window_);
+        stopped = run_over<kRowBytes>(i, stop, [](int64_t) {}, use);
+        in_flight_ -= stopped - i;
+      } else {
+        stop = std::min(end, i + fetched_.value_count - next_);
+        const Fetched from = fetched_;
+        const int64_t shift = next_ - i;
+        const auto fetch = [&from, shift](int64_t at) __attribute__((always_inline)) { from.fetch(at + shift); };
+        const auto fetch_alike = [&from, shift](int64_t at) __attribute__((always_inline)) {
+          from.fetch_alike<kRowBytes>(at + shift);
+        };
+        stopped = from.alike<kRowBytes>() ? run_over<kRowBytes>(i, stop, fetch_alike, use)
+                                          : run_over<kRowBytes>(i, stop, fetch, use);
+        next_ += stopped - i;
+      }
+      i = stopped;
+      if (stopped < stop) break;
+    }
+    return i;
   }
 
  private:
-  // False at the end of the last feature.
-  inline bool fetch_next() {
+  template <int64_t kRowBytes, class Fetch, class Use>
+  [[gnu::always_inline]] inline int64_t run_over(int64_t i, int64_t stop, const Fetch& fetch, const Use& use) const {
+    const int64_t* const values = values_;
+    const std::byte* const base = base_;
+    const uint64_t rows = rows_;
+    for (; i < stop; ++i) {
+      const int64_t id = read_once(values + i);
+      if (uint64_t(id) >= rows) [[unlikely]]
+        break;
+      fetch(i);
+      use(i, base + id * kRowBytes);
+    }
+    return i;
+  }
+
+  // Moves the lookahead on to a feature with ids left; false at the end of the last one.
+  inline bool settle() {
     while (next_ == fetched_.value_count) [[unlikely]] {
       if (ahead_.task == ahead_.end || ++ahead_.task == ahead_.end) return false;
       ahead_.next = 0;
       enter();
     }
-    // Only a hint: the id is read and checked again when its row is taken.
-    const int64_t id = read_once(fetched_.values + next_++);
-    if (uint64_t(id) < fetched_.rows) [[likely]]
-      prefetch_row(fetched_.base + id * fetched_.row_bytes, fetched_.lines);
     return true;
   }
 
@@ -99,6 +125,7 @@ class RowStream {
                 task.row_bytes, task.row_lines};
   }
 
+  // Whose rows are fetched ahead.
   struct Fetched {
     const int64_t* values = nullptr;
     int64_t value_count = 0;
@@ -106,6 +133,29 @@ class RowStream {
     uint64_t rows = 0;
     int64_t row_bytes = 0;
     int64_t lines = 0;
+
+    // Only a hint: the id is read and checked again when its row is taken.
+    [[gnu::always_inline]] inline void fetch(int64_t i) const {
+      const int64_t id = read_once(values + i);
+      if (uint64_t(id) < rows) [[likely]]
+        prefetch_row(base + id * row_bytes, lines);
+    }
+
+    // What rows of this size touch at most where the first begins a line.
+    static constexpr int64_t lines_of(int64_t bytes) {
+      const int64_t step = std::gcd(bytes, kLineBytes);
+      return (kLineBytes - step + bytes + kLineBytes - 1) / kLineBytes;
+    }
+    template <int64_t kRowBytes>
+    inline bool alike() const {
+      return row_bytes == kRowBytes && lines == lines_of(kRowBytes);
+    }
+    template <int64_t kRowBytes>
+    [[gnu::always_inline]] inline void fetch_alike(int64_t i) const {
+      const int64_t id = read_once(values + i);
+      if (uint64_t(id) < rows) [[likely]]
+        prefetch_row(base + id * kRowBytes, lines_of(kRowBytes));
+    }
   };
 
   PoolTask& task_;
@@ -198,21 +248,22 @@ struct Int4 {
   }
 };
 
-// How rows are combined. The first row of a bag starts the accumulator (no "0 +"): a bag of one id is an exact copy.
+// How rows are combined. `next` takes the first row of a bag as well, and the first of a sum is added to -0, which changes
+// no number: a bag of one id is an exact copy.
 template <class Vector>
 struct Sum {
   using Float = typename Vector::Float;
   static constexpr bool weighted = false;
-  static inline Float first(Float row, float) { return row; }
-  static inline Float next(Float sum, Float row, float) { return sum + row; }
+  static inline Float start() { return Vector::broadcast(-0.0f); }
+  static inline Float next(Float sum, Float row, float, bool) { return sum + row; }
 };
 
 template <class Vector>
 struct WeightedSum {
   using Float = typename Vector::Float;
   static constexpr bool weighted = true;
-  static inline Float first(Float row, float weight) { return row * Vector::broadcast(weight); }
-  static inline Float next(Float sum, Float row, float weight) {
+  static inline Float start() { return Vector::broadcast(-0.0f); }
+  static inline Float next(Float sum, Float row, float weight, bool) {
     return Vector::multiply_add(row, Vector::broadcast(weight), sum);
   }
 };
@@ -222,8 +273,10 @@ template <class Vector>
 struct Max {
   using Float = typename Vector::Float;
   static constexpr bool weighted = false;
-  static inline Float first(Float row, float) { return row; }
-  static inline Float next(Float best, Float row, float) { return Vector::greater(row, best); }
+  static inline Float start() { return Vector::broadcast(0.0f); }
+  static inline Float next(Float best, Float row, float, bool first) {
+    return first ? row : Vector::greater(row, best);
+  }
 };
 
 template <class Vector>
@@ -268,62 +321,10 @@ inline const std::byte* next_row(PoolTask& task, RowStream& rows, Bag& bag, int6
   return nullptr;
 }
 
-// Pools bags whose accumulators, N whole vectors, stay in registers.
-template <class Vector, class Format, class Combine, int N>
-struct InRegisters {
-  using Float = typename Vector::Float;
-  static constexpr int64_t kDim = N * Vector::width;
-
-  static void pool(PoolTask& task, RowStream& rows, Bag& bag, float* out, int64_t& absent) {
-    const float* const weights = task.weights;
-    const int64_t begin = bag.next;
-    const int64_t absent_before = absent;
-    const std::byte* row = next_row(task, rows, bag, absent);
-    if (row == nullptr) {
-      if (task.reason == Reason::none) store_zeros<Vector>(out, kDim);
-      return;
-    }
-    Float sum[N];
-    float weight = Combine::weighted ? read_once(weights + bag.next - 1) : 1.0f;
-    const auto first = Format::open(row, kDim);
-    for (int v = 0; v < N; ++v) sum[v] = Combine::first(Format::load(first, v * Vector::width), weight);
-    const int64_t stop = within(rows, bag);
-    while ((row = next(task, rows, bag, stop, absent)) != nullptr) {
-      if constexpr (Combine::weighted) weight = read_once(weights + bag.next - 1);
-      const auto opened = Format::open(row, kDim);
-      for (int v = 0; v < N; ++v) sum[v] = Combine::next(sum[v], Format::load(opened, v * Vector::width), weight);
-    }
-    const int64_t count = (bag.end - begin) - (absent - absent_before);
-    if (task.pooling == Pooling::mean && count > 1) {
-      const Float divisor = Vector::broadcast(float(count));
-      for (int v = 0; v < N; ++v) sum[v] = sum[v] / divisor;
-    }
-    for (int v = 0; v < N; ++v) Vector::store(out + v * Vector::width, sum[v]);
-  }
-
-  // Converting costs more than the narrower rows' transfer: cut what else there is to do. fp32 rows wait for memory,
-  // and are slower for being asked for faster (128 bags of 20 rows of 256 bytes: 490 against 560 µs; int8: 400 against
-  // 332).
-  static inline int64_t within(const RowStream& rows, const Bag& bag) {
-    return Format::converts ? bag.next + rows.stays_within(bag.end - bag.next) : bag.next;
-  }
-
-  static inline const std::byte* next(PoolTask& task, RowStream& rows, Bag& bag, int64_t stop, int64_t& absent) {
-    if constexpr (Format::converts) {
-      while (bag.next < stop) {
-        const std::byte* row = rows.template take_within<Format::row_bytes(kDim)>(bag.next++);
-        if (row != nullptr) [[likely]]
-          return row;
-        if (!pass_over(task, bag, absent)) return nullptr;
-      }
-    }
-    return next_row(task, rows, bag, absent);
-  }
-};
-
 // Pools bags of any dim: a group of rows at a time over blocks of columns, with the running result in `out`.
 template <class Vector, class Format, class Combine>
 struct InBlocks {
+  static constexpr bool kCopies = false;
   using Float = typename Vector::Float;
   static constexpr int64_t kGroup = 8;  // rows per pass over `out`: its loads and stores cost 1/8 of the rows' loads
   static constexpr int kBlock = 4;      // vectors per block: four chains hide the latency of an addition
@@ -363,10 +364,9 @@ struct InBlocks {
     for (; c + Vector::width <= dim; c += Vector::width) add_block<1>(group, out, c);
     if (c == dim) return;
     const int64_t n = dim - c;
-    Float sum = group.first ? Combine::first(Format::load_part(group.rows[0], c, n), weight(group, 0))
-                            : Vector::load_part(reinterpret_cast<const std::byte*>(out + c), n);
-    for (int64_t r = group.first ? 1 : 0; r < group.size; ++r) {
-      sum = Combine::next(sum, Format::load_part(group.rows[r], c, n), weight(group, r));
+    Float sum = group.first ? Combine::start() : Vector::load_part(reinterpret_cast<const std::byte*>(out + c), n);
+    for (int64_t r = 0; r < group.size; ++r) {
+      sum = Combine::next(sum, Format::load_part(group.rows[r], c, n), weight(group, r), group.first && r == 0);
     }
     Vector::store_part(out + c, sum, n);
   }
@@ -376,12 +376,12 @@ struct InBlocks {
     Float sum[N];
     for (int v = 0; v < N; ++v) {
       const int64_t column = c + v * Vector::width;
-      sum[v] = group.first ? Combine::first(Format::load(group.rows[0], column), weight(group, 0))
-                           : Vector::load(reinterpret_cast<const std::byte*>(out + column));
+      sum[v] = group.first ? Combine::start() : Vector::load(reinterpret_cast<const std::byte*>(out + column));
     }
-    for (int64_t r = group.first ? 1 : 0; r < group.size; ++r) {
+    for (int64_t r = 0; r < group.size; ++r) {
+      const bool first = group.first && r == 0;
       for (int v = 0; v < N; ++v) {
-        sum[v] = Combine::next(sum[v], Format::load(group.rows[r], c + v * Vector::width), weight(group, r));
+        sum[v] = Combine::next(sum[v], Format::load(group.rows[r], c + v * Vector::width), weight(group, r), first);
       }
     }
     for (int v = 0; v < N; ++v) Vector::store(out + c + v * Vector::width, sum[v]);
@@ -404,9 +404,58 @@ struct InBlocks {
   }
 };
 
+// Pools bags whose accumulators, N whole vectors, stay in registers.
+template <class Vector, class Format, class Combine, int N>
+struct InRegisters {
+  using Float = typename Vector::Float;
+  static constexpr int64_t kDim = N * Vector::width;
+
+  static constexpr int64_t kRowBytes = Format::row_bytes(kDim);
+  static constexpr bool kCopies = !Combine::weighted;
+
+  // Pools the bags of ids `i` to `end`, one each: returns where it stopped, see RowStream::run.
+  static int64_t copy(RowStream& rows, int64_t i, int64_t end, float* out, int64_t stride) {
+    return rows.template run<kRowBytes>(
+        i, end, [&out, stride](int64_t, const std::byte* row) __attribute__((always_inline)) {
+          const auto opened = Format::open(row, kDim);
+          for (int v = 0; v < N; ++v) Vector::store(out + v * Vector::width, Format::load(opened, v * Vector::width));
+          out += stride;
+        });
+  }
+
+  static inline void pool(PoolTask& task, RowStream& rows, Bag& bag, float* out, int64_t& absent) {
+    const int64_t begin = bag.next, end = bag.end;
+    const float* const weights = task.weights;
+    Float sum[N];
+    for (int v = 0; v < N; ++v) sum[v] = Combine::start();
+    const auto add = [&sum, weights, begin](int64_t i, const std::byte* row) __attribute__((always_inline)) {
+      const auto opened = Format::open(row, kDim);
+      float weight = 1.0f;
+      if constexpr (Combine::weighted) weight = read_once(weights + i);
+      for (int v = 0; v < N; ++v) {
+        sum[v] = Combine::next(sum[v], Format::load(opened, v * Vector::width), weight, i == begin);
+      }
+    };
+    const int64_t stopped = rows.template run<kRowBytes>(begin, end, add);
+    // Nothing may be called while sums live in registers, or they would not: a bag with an id that has no row begins anew.
+    if (stopped < end || begin == end) [[unlikely]] {
+      rows.put_back(stopped - begin);
+      return InBlocks<Vector, Format, Combine>::pool(task, rows, bag, out, absent);
+    }
+    bag.next = end;
+    if (task.pooling == Pooling::mean && end - begin > 1) {
+      const Float divisor = Vector::broadcast(float(end - begin));
+      for (int v = 0; v < N; ++v) sum[v] = sum[v] / divisor;
+    }
+    for (int v = 0; v < N; ++v) Vector::store(out + v * Vector::width, sum[v]);
+  }
+};
+
 // Pooling `none`: every id gives one row, at the id's own position in the output.
 template <class Vector, class Format>
 struct Unpooled {
+  static constexpr bool kCopies = false;
+
   static void pool(PoolTask& task, RowStream& rows, Bag& bag, float*, int64_t& absent) {
     while (bag.next < bag.end) {
       float* out = task.out + bag.next * task.out_stride;
@@ -429,6 +478,15 @@ struct Unpooled {
   }
 };
 
+// Bags of one id in a row, from bag `b` on, whose ids lie among the values.
+inline int64_t count_ones(const PoolTask& task, int64_t b, int64_t position) {
+  const int64_t most = std::min(task.batch - b, task.value_count - position);
+  if (task.lengths == nullptr) return task.fixed_length == 1 ? most : 0;
+  int64_t n = 0;
+  while (n < most && read_once(task.lengths + b + n) == 1) ++n;
+  return n;
+}
+
 // Walks the bags: every length is read once and checked against the values that are left.
 template <class Pooler>
 void pool_bags(PoolTask& task, Lookahead& ahead) {
@@ -437,6 +495,15 @@ void pool_bags(PoolTask& task, Lookahead& ahead) {
   int64_t position = 0;
   int64_t absent = 0;
   for (int64_t b = 0; b < task.batch && task.reason == Reason::none; ++b) {
+    if constexpr (Pooler::kCopies) {
+      if (const int64_t ones = count_ones(task, b, position); ones > 0) {
+        const int64_t stopped =
+            Pooler::copy(rows, position, position + ones, task.out + b * task.out_stride, task.out_stride);
+        b += stopped - position;
+        position = stopped;
+        if (b == task.batch) break;
+      }
+    }
     const int64_t length = lengths != nullptr ? read_once(lengths + b) : task.fixed_length;
     if (length < 0) [[unlikely]] {
       refuse(task, Reason::negative_length, b, length);
