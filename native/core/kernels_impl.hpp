@@ -248,20 +248,22 @@ struct Int4 {
   }
 };
 
-// How rows are combined. `next` takes the first row of a bag as well, and the first of a sum is added to -0, which changes
-// no number: a bag of one id is an exact copy.
+// How rows are combined. Where a bag has several rows, `next` may take the first like any other, if `start` allows it:
+// adding to -0 changes no number. Of a bag of one row the bits are kept, even of a signalling NaN.
 template <class Vector>
 struct Sum {
   using Float = typename Vector::Float;
   static constexpr bool weighted = false;
+  static constexpr bool starts = true;
   static inline Float start() { return Vector::broadcast(-0.0f); }
-  static inline Float next(Float sum, Float row, float, bool) { return sum + row; }
+  static inline Float next(Float sum, Float row, float, bool first) { return first ? row : sum + row; }
 };
 
 template <class Vector>
 struct WeightedSum {
   using Float = typename Vector::Float;
   static constexpr bool weighted = true;
+  static constexpr bool starts = true;
   static inline Float start() { return Vector::broadcast(-0.0f); }
   static inline Float next(Float sum, Float row, float weight, bool) {
     return Vector::multiply_add(row, Vector::broadcast(weight), sum);
@@ -273,6 +275,7 @@ template <class Vector>
 struct Max {
   using Float = typename Vector::Float;
   static constexpr bool weighted = false;
+  static constexpr bool starts = false;
   static inline Float start() { return Vector::broadcast(0.0f); }
   static inline Float next(Float best, Float row, float, bool first) {
     return first ? row : Vector::greater(row, best);
@@ -433,7 +436,8 @@ struct InRegisters {
       float weight = 1.0f;
       if constexpr (Combine::weighted) weight = read_once(weights + i);
       for (int v = 0; v < N; ++v) {
-        sum[v] = Combine::next(sum[v], Format::load(opened, v * Vector::width), weight, i == begin);
+        sum[v] = Combine::next(sum[v], Format::load(opened, v * Vector::width), weight,
+                               !Combine::starts && i == begin);
       }
     };
     const int64_t stopped = rows.template run<kRowBytes>(begin, end, add);
