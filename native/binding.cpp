@@ -71,6 +71,7 @@ nb::dict server_stats(SidecarServer& server) {
     e["in_flight"] = engine->in_flight();
     e["served"] = c.served.get();
     e["shed"] = c.shed.get();
+    e["helped"] = c.helped.get();
     e["busy_ns"] = c.busy_ns.get();
     engines.append(e);
     for (size_t s = 0; s < kStatusCount; ++s) statuses[s] += c.statuses[s].get();
@@ -491,7 +492,8 @@ NB_MODULE(_native, m) {
       .def("__len__", &PreparedFrames::size);
 
   nb::class_<SidecarServer>(m, "SidecarServer")
-      .def(nb::init<int, uint32_t, uint32_t, uint64_t>(), nb::kw_only(), "engines"_a, "spin_us"_a, "max_lanes"_a, "max_frame_bytes"_a)
+      .def(nb::init<int, uint32_t, uint32_t, uint64_t, std::vector<std::vector<int>>>(), nb::kw_only(), "engines"_a, "spin_us"_a,
+           "max_lanes"_a, "max_frame_bytes"_a, "cpus"_a = std::vector<std::vector<int>>{})
       .def("publish", [](SidecarServer& self, const PyTables& tables) {
             if (!tables.set->sealed()) throw nb::value_error("tables: seal() them first");
             self.publish(tables.set);

@@ -1,6 +1,7 @@
 // Time, pausing and futexes.
 #pragma once
 #include <linux/futex.h>
+#include <sched.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
@@ -22,6 +23,16 @@ inline void cpu_pause() {
 #elif defined(__aarch64__)
   asm volatile("yield");
 #endif
+}
+
+// Waiting for a thread that is about to finish: pauses, and after some tens of microseconds lends it the core that it may
+// have lost. `waited` counts, from 0.
+inline void pause_or_yield(int& waited) {
+  if (++waited < 1000) {
+    cpu_pause();
+  } else {
+    sched_yield();
+  }
 }
 
 // Wait until `word` differs from `expected`, is woken, or the absolute monotonic time has come. The word may lie in

@@ -16,6 +16,10 @@ namespace {
 // than a typical subrequest (~20 µs), rarely enough that the ~0.5 µs system call does not show.
 constexpr uint64_t kSocketPollNs = 20'000;
 
+// Subrequests estimated to take at least this long are offered to idle engines, in pieces of about kPieceNs.
+constexpr uint64_t kShareNs = 100'000;
+constexpr uint64_t kPieceNs = 20'000;
+
 // Ask the scheduler for short slices: an engine works in bursts of microseconds and wants to begin at once when it wakes,
 // which is what a short slice means to Linux's EEVDF scheduler (6.12 and later: a woken thread with a shorter slice
 // preempts). 100 µs is the shortest it grants. Needs no privilege; older kernels ignore or refuse it, which changes nothing
@@ -33,6 +37,16 @@ void ask_for_short_slices() {
   syscall(SYS_sched_setattr, 0, &attributes, 0);
 }
 
+// Ignored where it is refused: the thread then runs where the kernel likes.
+void run_on(const std::vector<int>& cpus) {
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  for (const int cpu : cpus) {
+    if (cpu >= 0 && cpu < CPU_SETSIZE) CPU_SET(cpu, &set);
+  }
+  sched_setaffinity(0, sizeof set, &set);
+}
+
 }  // namespace
 
 void Published::set(std::shared_ptr<const TableSet> tables) {
@@ -46,7 +60,8 @@ std::shared_ptr<const TableSet> Published::get() const {
   return tables_;
 }
 
-Engine::Engine(Published& published, uint32_t spin_us) : published_(published), spin_ns_(uint64_t(spin_us) * 1000) {
+Engine::Engine(Published& published, Board& board, size_t seat, uint32_t spin_us, const std::vector<int>& cpus)
+    : published_(published), board_(board), seat_(seat), cpus_(cpus), spin_ns_(uint64_t(spin_us) * 1000) {
   epoll_ = Fd(epoll_create1(EPOLL_CLOEXEC));
   doorbell_ = Fd(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
   page_fd_ = Fd(memfd_create("sidepool-engine", MFD_CLOEXEC | MFD_ALLOW_SEALING));
@@ -61,6 +76,7 @@ Engine::Engine(Published& published, uint32_t spin_us) : published_(published), 
   event.events = EPOLLIN;
   event.data.ptr = nullptr;
   epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, doorbell_.get(), &event);
+  board_.sit(seat_, &page_->sleeping, doorbell_.get());
   thread_ = std::thread([this] { run(); });
 }
 
@@ -88,6 +104,7 @@ void Engine::stop() {
 
 void Engine::run() {
   ask_for_short_slices();
+  if (!cpus_.empty()) run_on(cpus_);
   uint64_t last_socket_poll = 0;
   uint64_t idle_since = now_ns();
   while (!stopping_.load(std::memory_order_acquire)) {
@@ -102,6 +119,8 @@ void Engine::run() {
     if (!queue_.empty()) {
       serve_one();
       worked = true;
+    } else if (!worked) {
+      worked = help();
     }
     drop_dead();
     if (worked) {
@@ -245,12 +264,10 @@ void Engine::answer(const Work& work) {
     header.started_ns = header.finished_ns = start;
     counters_.shed.add(late);
   } else {
-    header = serve(tables_.get(), input, lane, table_counters_.get());
+    const bool share = estimate >= kShareNs && board_.shared();
+    header = share ? serve_shared(input, lane, estimate) : serve(tables_.get(), input, lane, table_counters_.get());
     const uint64_t spent = header.finished_ns - header.started_ns;
-    if (header.status == 0 && parsed_.header.value_count >= 256) {
-      // Short subrequests say more about fixed costs than about the cost of an id: learn from the others.
-      ns_per_value_ += (double(spent) / double(parsed_.header.value_count) - ns_per_value_) * 0.05;
-    }
+    if (header.status == 0 && !share) learn(spent, int64_t(parsed_.header.value_count));
     counters_.pool.record_ns(spent);
     counters_.busy_ns.add(int64_t(spent));
   }
@@ -265,6 +282,50 @@ void Engine::answer(const Work& work) {
     counters_.writing.add();
     lane.counters().credit_waits.add();
   }
+}
+
+ResponseHeader Engine::serve_shared(const ServeInput& input, ServerLane& lane, uint64_t estimate_ns) {
+  Sharing sharing{&board_, seat_, size_t(estimate_ns / kShareNs), std::max<int64_t>(1, int64_t(double(kPieceNs) / ns_per_value_))};
+  const ResponseHeader header = serve(tables_.get(), input, lane, table_counters_.get(), &sharing);
+  if (header.status == 0) learn(sharing.own_ns, sharing.own_values);
+  return header;
+}
+
+void Engine::learn(uint64_t ns, int64_t values) {
+  // Short subrequests say more about fixed costs than about the cost of an id: learn from the others.
+  if (values >= 256) ns_per_value_ += (double(ns) / double(values) - ns_per_value_) * 0.05;
+}
+
+// The kernel may wake us where the owner runs although another CPU is free: it stops looking for one early on small
+// machines (seen on 2 CPUs, 6.18: two engines were no faster than one). Once moved, we are woken where we ran last.
+void Engine::step_aside(int cpu) {
+  cpu_set_t allowed;
+  if (sched_getcpu() != cpu || sched_getaffinity(0, sizeof allowed, &allowed) != 0 || CPU_COUNT(&allowed) < 2) return;
+  cpu_set_t others = allowed;
+  CPU_CLR(cpu, &others);
+  sched_setaffinity(0, sizeof others, &others);
+  sched_setaffinity(0, sizeof allowed, &allowed);
+}
+
+// Pools pieces of another engine's subrequest until there are none, or something of our own turns up.
+bool Engine::help() {
+  Offer* offer = board_.enter(seat_);
+  if (offer == nullptr) return false;
+  step_aside(offer->cpu());
+  const uint64_t start = now_ns();
+  uint64_t now = start, last_socket_poll = start;
+  do {
+    if (offer->pool_next() == nullptr) break;
+    counters_.helped.add();
+    now = now_ns();
+    if (now - last_socket_poll >= kSocketPollNs) {
+      poll_sockets(0);
+      last_socket_poll = now;
+    }
+  } while (queue_.empty() && !anything_pending() && !stopping_.load(std::memory_order_relaxed));
+  offer->leave();
+  counters_.busy_ns.add(int64_t(now - start));
+  return true;
 }
 
 void Engine::drop_dead() {
@@ -298,9 +359,9 @@ bool Engine::anything_pending() const {
 
 void Engine::sleep() {
   // A ranker first publishes its bit, then reads `sleeping`; we first set `sleeping`, then read the bits. All four
-  // accesses are in one total order: either we see the bit or the ranker rings.
+  // accesses are in one total order: either we see the bit or the ranker rings. So it is with offers and their owners.
   page_->sleeping.store(1, std::memory_order_seq_cst);
-  poll_sockets(anything_pending() ? 0 : -1);
+  poll_sockets(anything_pending() || board_.has_pieces(seat_) ? 0 : -1);
   page_->sleeping.store(0, std::memory_order_relaxed);
 }
 

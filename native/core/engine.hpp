@@ -13,6 +13,7 @@
 #include <thread>
 #include <vector>
 
+#include "board.hpp"
 #include "server_lane.hpp"
 
 namespace sidepool {
@@ -37,6 +38,7 @@ constexpr size_t kStatusCount = 10;
 
 struct EngineCounters {
   Counter lanes, queued, served, shed, busy_ns;
+  Counter helped;   // pieces of other engines' subrequests
   Counter writing;  // lanes with response bytes that their socket has not taken yet
   Counter statuses[kStatusCount];
   Histogram queue, pool;
@@ -44,7 +46,8 @@ struct EngineCounters {
 
 class Engine {
  public:
-  Engine(Published& published, uint32_t spin_us);
+  // `seat` is this engine's place on the board, which outlives it. `cpus`: where the thread may run; empty: anywhere.
+  Engine(Published& published, Board& board, size_t seat, uint32_t spin_us, const std::vector<int>& cpus);
   ~Engine();
 
   // Count a lane that is about to be adopted; every reserve is followed by an adopt or a release. Thread-safe.
@@ -90,12 +93,19 @@ class Engine {
   void collect(Owned& owned, bool readable);
   void serve_one();
   void answer(const Work& work);
+  ResponseHeader serve_shared(const ServeInput& input, ServerLane& lane, uint64_t estimate_ns);
+  bool help();
   void refresh();
   void drop_dead();
   bool anything_pending() const;
   void sleep();
+  void step_aside(int cpu);
+  void learn(uint64_t ns, int64_t values);
 
   Published& published_;
+  Board& board_;
+  const size_t seat_;
+  const std::vector<int> cpus_;
   const uint64_t spin_ns_;
   Fd epoll_, doorbell_, page_fd_;
   Mapping page_mapping_;
@@ -120,7 +130,7 @@ class Engine {
   size_t table_count_ = 0;
   mutable std::mutex table_mutex_;  // guards replacing table_counters_, not counting
 
-  // Estimated service time: fixed part and per id, learnt from what was served.
+  // Estimated service time per id, learnt from what was served.
   double ns_per_value_ = 10;
   EngineCounters counters_;
   std::thread thread_;

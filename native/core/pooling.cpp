@@ -136,14 +136,15 @@ PoolTask pool_task(const Table& table, Pooling pooling, const BagInput& input, f
 }
 
 Fault pool(PoolTask& task, Lookahead& ahead, PoolCounts& counts) {
-  Fault fault;
-  if (task.base == nullptr) {
-    fault.status = Status::internal;
-    return fault;
-  }
-  current_level().pool(task, ahead);
+  if (task.base != nullptr) current_level().pool(task, ahead);
   counts.rows_read += task.rows_read;
   counts.out_of_range += task.out_of_range;
+  return fault_of(task);
+}
+
+Fault fault_of(const PoolTask& task) {
+  Fault fault;
+  if (task.base == nullptr) fault.status = Status::internal;
   if (task.reason != Reason::none) {
     fault.status = Status::rejected;
     fault.reason = task.reason;

@@ -77,6 +77,8 @@ struct Lookahead {
 // unspecified. A table that was never added gives Status::internal. `Fault::feature` is left to the caller. No
 // allocation, lock or system call.
 Fault pool(PoolTask& task, Lookahead& ahead, PoolCounts& counts);
+// What the call of pool() for this task returned.
+Fault fault_of(const PoolTask& task);
 
 // One feature alone.
 Fault pool_feature(const Table& table, Pooling pooling, const BagInput& input, float* out, int64_t out_stride,

@@ -1,6 +1,9 @@
 #include "serve.hpp"
 
+#include <algorithm>
+
 #include "clock.hpp"
+#include "pieces.hpp"
 #include "pooling.hpp"
 
 namespace sidepool {
@@ -54,17 +57,20 @@ void describe(ResponseHeader& header, const Fault& fault) {
   header.fault_value = fault.value;
 }
 
-struct Work {
-  int32_t table;
-  size_t block;  // bytes of the response
+// What to pool and where it goes. The vectors keep their memory from lookup to lookup.
+struct Plan {
+  std::vector<PoolTask> features;  // one per feature of the request
+  std::vector<size_t> ends;        // bytes of the response up to the end of each feature
+  std::vector<PoolTask> tasks;     // the same, cut for sharing
+  std::vector<Part> parts;         // what each of `tasks` is part of
+  std::vector<Piece> pieces;
 };
 
-// What to pool, for every feature of the request; refuses a request that names features or sizes it must not.
-// Both vectors keep their memory from lookup to lookup.
-Fault plan_work(const TableSet& tables, const ServeInput& input, std::vector<PoolTask>& tasks, std::vector<Work>& work) {
+// Plans every feature of the request; refuses one that names features or sizes it must not.
+Fault plan_features(const TableSet& tables, const ServeInput& input, Plan& plan) {
   const ParsedRequest& request = *input.request;
-  tasks.clear();
-  work.clear();
+  plan.features.clear();
+  plan.ends.clear();
   BagCursor cursor(request);
   size_t used = 0;
   for (const FeatureEntry& entry : request.entries) {
@@ -75,43 +81,116 @@ Fault plan_work(const TableSet& tables, const ServeInput& input, std::vector<Poo
     const size_t block = block_bytes(feature, table.dim, request.header.batch, entry.value_count);
     if (block > input.payload_capacity - used)
       return {Status::rejected, Reason::too_large, int32_t(entry.feature), -1, int64_t(used + block)};
-    tasks.push_back(pool_task(table, feature.pooling, cursor.next(entry), reinterpret_cast<float*>(input.payload + used), table.dim));
-    work.push_back({feature.table, block});
+    plan.features.push_back(
+        pool_task(table, feature.pooling, cursor.next(entry), reinterpret_cast<float*>(input.payload + used), table.dim));
     used += block;
+    plan.ends.push_back(used);
   }
   return {};
 }
 
-Fault pool_all(const TableSet& tables, const ServeInput& input, ResponseSink& sink, TableCounters* counters) {
-  thread_local std::vector<PoolTask> tasks;
-  thread_local std::vector<Work> work;
-  Fault fault = plan_work(tables, input, tasks, work);
-  if (fault.status != Status::ok) return fault;
-  Lookahead ahead(tasks.data(), tasks.size());
-  size_t used = 0;
-  for (size_t i = 0; i < tasks.size(); ++i) {
-    PoolCounts counts;
-    fault = pool(tasks[i], ahead, counts);
-    if (counters != nullptr) {
-      TableCounters& c = counters[work[i].table];
-      c.lookups.add();
-      c.rows.add(counts.rows_read);
-      c.bytes.add(counts.rows_read * tasks[i].row_bytes);
-      c.out_of_range.add(counts.out_of_range);
+// Takes note of tasks that were pooled, in the order of the request: counts, and tells the sink of features complete.
+class Settlement {
+ public:
+  Settlement(const TableSet& tables, const ParsedRequest& request, const Plan& plan, ResponseSink& sink, TableCounters* counters)
+      : tables_(tables), request_(request), plan_(plan), sink_(sink), counters_(counters) {}
+
+  Fault settle(const PoolTask& task, const Part& part) {
+    const uint32_t feature = request_.entries[part.entry].feature;
+    if (counters_ != nullptr) {
+      TableCounters& c = counters_[tables_.feature(int32_t(feature)).table];
+      c.lookups.add(part.first_bag == 0);
+      c.rows.add(task.rows_read);
+      c.bytes.add(task.rows_read * task.row_bytes);
+      c.out_of_range.add(task.out_of_range);
     }
+    Fault fault = fault_of(task);
     if (fault.status != Status::ok) {
-      fault.feature = int32_t(input.request->entries[i].feature);
-      return fault;
+      fault.feature = int32_t(feature);
+      if (fault.bag >= 0) fault.bag += part.first_bag;
+      // The sender counts the values of the feature, not those of our part.
+      if (fault.reason == Reason::lengths_exceed_values) fault.value = plan_.features[part.entry].value_count;
+    } else if (part.last) {
+      sink_.progress(part.entry + 1, plan_.ends[part.entry]);
     }
-    used += work[i].block;
-    sink.progress(uint32_t(i + 1), used);
+    return fault;
+  }
+
+ private:
+  const TableSet& tables_;
+  const ParsedRequest& request_;
+  const Plan& plan_;
+  ResponseSink& sink_;
+  TableCounters* counters_;
+};
+
+Fault pool_alone(std::vector<PoolTask>& tasks, Settlement& settlement) {
+  Lookahead ahead(tasks.data(), tasks.size());
+  for (uint32_t i = 0; i < tasks.size(); ++i) {
+    PoolCounts counts;
+    pool(tasks[i], ahead, counts);
+    const Fault fault = settlement.settle(tasks[i], {i, 0, true});
+    if (fault.status != Status::ok) return fault;
   }
   return {};
+}
+
+Fault settle_piece(const Plan& plan, const Piece& piece, Settlement& settlement) {
+  for (uint32_t i = piece.first; i < piece.end; ++i) {
+    const Fault fault = settlement.settle(plan.tasks[i], plan.parts[i]);
+    if (fault.status != Status::ok) return fault;
+  }
+  return {};
+}
+
+// Pieces are claimed first to last, so a piece before the first refused one is always done in the end, and the first fault
+// in the order of the request is the one that pooling alone would have met.
+Fault pool_shared(Plan& plan, Sharing& sharing, Settlement& settlement) {
+  plan.tasks.clear();
+  plan.parts.clear();
+  for (uint32_t i = 0; i < plan.features.size(); ++i) {
+    cut(plan.features[i], i, sharing.piece_values, plan.tasks, plan.parts);
+  }
+  group(plan.tasks, sharing.piece_values, plan.pieces);
+  Offer& offer = sharing.board->offer(sharing.engine);
+  offer.open(plan.tasks.data(), plan.pieces.data(), uint32_t(plan.pieces.size()));
+  struct Closing {
+    Offer& offer;
+    ~Closing() { offer.close(); }
+  } closing{offer};
+  if (sharing.wake > 0) sharing.board->wake(sharing.engine, std::min(sharing.wake, plan.pieces.size() - 1));
+  uint64_t mark = now_ns();
+  int waited = 0;
+  for (size_t next = 0; next < plan.pieces.size();) {
+    if (const Piece* piece = offer.pool_next()) {
+      const uint64_t now = now_ns();
+      sharing.own_values += piece->values;
+      sharing.own_ns += now - mark;
+      mark = now;
+    } else {
+      pause_or_yield(waited);
+    }
+    while (next < plan.pieces.size() && std::atomic_ref(plan.pieces[next].done).load(std::memory_order_acquire) != 0) {
+      const Fault fault = settle_piece(plan, plan.pieces[next++], settlement);
+      if (fault.status != Status::ok) return fault;
+    }
+  }
+  return {};
+}
+
+Fault pool_all(const TableSet& tables, const ServeInput& input, ResponseSink& sink, TableCounters* counters,
+               Sharing* sharing) {
+  thread_local Plan plan;
+  const Fault fault = plan_features(tables, input, plan);
+  if (fault.status != Status::ok) return fault;
+  Settlement settlement(tables, *input.request, plan, sink, counters);
+  return sharing != nullptr ? pool_shared(plan, *sharing, settlement) : pool_alone(plan.features, settlement);
 }
 
 }  // namespace
 
-ResponseHeader serve(const TableSet* tables, const ServeInput& input, ResponseSink& sink, TableCounters* counters) {
+ResponseHeader serve(const TableSet* tables, const ServeInput& input, ResponseSink& sink, TableCounters* counters,
+                     Sharing* sharing) {
   const RequestHeader& request = input.request->header;
   ResponseHeader header;
   header.slot = request.slot;
@@ -124,7 +203,7 @@ ResponseHeader serve(const TableSet* tables, const ServeInput& input, ResponseSi
     Fault fault{Status::plan, Reason::none, -1, -1, tables == nullptr ? 0 : tables->epoch()};
     describe(header, fault);
   } else {
-    describe(header, pool_all(*tables, input, sink, counters));
+    describe(header, pool_all(*tables, input, sink, counters, sharing));
   }
   header.finished_ns = now_ns();
   return header;

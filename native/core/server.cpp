@@ -58,9 +58,13 @@ bool send_fds(int socket, const HelloAck& ack, const int* fds, size_t count) {
 
 }  // namespace
 
-SidecarServer::SidecarServer(int engines, uint32_t spin_us, uint32_t max_lanes, uint64_t max_frame_bytes)
-    : max_lanes_(max_lanes), max_frame_bytes_(max_frame_bytes) {
-  for (int i = 0; i < engines; ++i) engines_.push_back(std::make_unique<Engine>(published_, spin_us));
+SidecarServer::SidecarServer(int engines, uint32_t spin_us, uint32_t max_lanes, uint64_t max_frame_bytes,
+                             const std::vector<std::vector<int>>& cpus)
+    : board_(size_t(engines)), max_lanes_(max_lanes), max_frame_bytes_(max_frame_bytes) {
+  for (size_t i = 0; i < size_t(engines); ++i) {
+    const std::vector<int> where = cpus.empty() ? std::vector<int>{} : cpus[i % cpus.size()];
+    engines_.push_back(std::make_unique<Engine>(published_, board_, i, spin_us, where));
+  }
   epoll_ = Fd(epoll_create1(EPOLL_CLOEXEC));
   wake_ = Fd(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
   if (!epoll_ || !wake_) throw Error(Status::internal, "cannot make the acceptor: " + why());

@@ -22,7 +22,9 @@ struct LaneStats {
 // Thread-safe. One acceptor thread does every handshake; it never touches a lane once an engine has it.
 class SidecarServer {
  public:
-  SidecarServer(int engines, uint32_t spin_us, uint32_t max_lanes, uint64_t max_frame_bytes);
+  // `cpus[i % size]` says where engine i may run; empty: anywhere.
+  SidecarServer(int engines, uint32_t spin_us, uint32_t max_lanes, uint64_t max_frame_bytes,
+                const std::vector<std::vector<int>>& cpus = {});
   ~SidecarServer();
 
   void publish(std::shared_ptr<const TableSet> tables) { published_.set(std::move(tables)); }
@@ -70,6 +72,7 @@ class SidecarServer {
   int64_t lanes() const;
 
   Published published_;
+  Board board_;
   std::vector<std::unique_ptr<Engine>> engines_;
   const uint32_t max_lanes_;
   const uint64_t max_frame_bytes_;
