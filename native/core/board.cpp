@@ -74,6 +74,13 @@ bool Board::has_pieces(size_t engine) const {
   return false;
 }
 
+bool Board::anyone_awake(size_t engine) const {
+  for (size_t i = 1; i < count_; ++i) {
+    if (seats_[(engine + i) % count_].sleeping->load(std::memory_order_relaxed) == 0) return true;
+  }
+  return false;
+}
+
 void Board::wake(size_t engine, size_t most) {
   for (size_t i = 1; i < count_ && most > 0; ++i) {
     const Seat& seat = seats_[(engine + i) % count_];

@@ -67,6 +67,8 @@ class Board {
   // An open offer of another engine, entered; null where there is none. The caller leaves it.
   Offer* enter(size_t engine);
   bool has_pieces(size_t engine) const;
+  // Whether another engine is not asleep, busy or not.
+  bool anyone_awake(size_t engine) const;
   // Ring for up to `most` sleeping engines.
   void wake(size_t engine, size_t most);
 

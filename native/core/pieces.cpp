@@ -47,7 +47,6 @@ void cut(const PoolTask& whole, uint32_t entry, int64_t values, std::vector<Pool
 }
 
 void group(const std::vector<PoolTask>& tasks, int64_t values, std::vector<Piece>& pieces) {
-  pieces.clear();
   uint32_t first = 0;
   int64_t sum = 0;
   for (uint32_t i = 0; i < tasks.size(); ++i) {

@@ -21,7 +21,7 @@ struct Part {
 // feature stays in one task, whose pooling refuses them as it would refuse the whole.
 void cut(const PoolTask& whole, uint32_t entry, int64_t values, std::vector<PoolTask>& tasks, std::vector<Part>& parts);
 
-// Pieces of about `values` ids: consecutive tasks, small ones together.
+// Appends pieces of about `values` ids: consecutive tasks, small ones together.
 void group(const std::vector<PoolTask>& tasks, int64_t values, std::vector<Piece>& pieces);
 
 }  // namespace sidepool

@@ -9,6 +9,9 @@
 namespace sidepool {
 namespace {
 
+// Twice the engines that a sidecar may have; bounds what an engine keeps for cutting (about 100 KiB).
+constexpr int64_t kMaxPieces = 512;
+
 // Walks the sections of a request feature by feature.
 class BagCursor {
  public:
@@ -145,13 +148,18 @@ Fault settle_piece(const Plan& plan, const Piece& piece, Settlement& settlement)
 
 // Pieces are claimed first to last, so a piece before the first refused one is always done in the end, and the first fault
 // in the order of the request is the one that pooling alone would have met.
-Fault pool_shared(Plan& plan, Sharing& sharing, Settlement& settlement) {
+Fault pool_shared(Plan& plan, int64_t value_count, Sharing& sharing, Settlement& settlement) {
+  const int64_t values = std::max(sharing.piece_values, value_count / kMaxPieces + 1);
   plan.tasks.clear();
   plan.parts.clear();
-  for (uint32_t i = 0; i < plan.features.size(); ++i) {
-    cut(plan.features[i], i, sharing.piece_values, plan.tasks, plan.parts);
-  }
-  group(plan.tasks, sharing.piece_values, plan.pieces);
+  plan.pieces.clear();
+  // Room for any cut of as many features: what is believed of the cost of an id changes from lookup to lookup.
+  const size_t most = plan.features.size() + size_t(kMaxPieces);
+  plan.tasks.reserve(most);
+  plan.parts.reserve(most);
+  plan.pieces.reserve(most);
+  for (uint32_t i = 0; i < plan.features.size(); ++i) cut(plan.features[i], i, values, plan.tasks, plan.parts);
+  group(plan.tasks, values, plan.pieces);
   Offer& offer = sharing.board->offer(sharing.engine);
   offer.open(plan.tasks.data(), plan.pieces.data(), uint32_t(plan.pieces.size()));
   struct Closing {
@@ -184,7 +192,8 @@ Fault pool_all(const TableSet& tables, const ServeInput& input, ResponseSink& si
   const Fault fault = plan_features(tables, input, plan);
   if (fault.status != Status::ok) return fault;
   Settlement settlement(tables, *input.request, plan, sink, counters);
-  return sharing != nullptr ? pool_shared(plan, *sharing, settlement) : pool_alone(plan.features, settlement);
+  return sharing != nullptr ? pool_shared(plan, int64_t(input.request->header.value_count), *sharing, settlement)
+                            : pool_alone(plan.features, settlement);
 }
 
 }  // namespace

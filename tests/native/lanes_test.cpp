@@ -238,14 +238,53 @@ void lost_sidecars_degrade_to_zeros_where_asked() {
 }
 
 void steady_state_allocates_nothing(const std::string& kind) {
-  Cluster cluster(2);
+  Cluster cluster(2, 2);
   LookupClient client(5, make_routes(2), 5, false);
-  cluster.attach(client, kind);
+  for (int s : {0, 1}) client.attach(s, cluster.connect(s, kind, 4, 1 << 18, 2 << 20));
   Looker looker(1);
-  for (int i = 0; i < 50; ++i) CHECK(looker.look(client, 64).status == Status::ok);
+  for (int i = 0; i < 50; ++i) CHECK(looker.look(client, i % 10 == 0 ? 4000 : 64).status == Status::ok);
   const int64_t before = allocations.load();
-  for (int i = 0; i < 500; ++i) CHECK(looker.look(client, 1 + i % 64).status == Status::ok);
+  for (int i = 0; i < 500; ++i) CHECK(looker.look(client, i % 50 == 0 ? 4000 : 1 + i % 64).status == Status::ok);
   CHECK(allocations.load() == before);
+}
+
+int64_t helped(const Cluster& cluster) {
+  int64_t pieces = 0;
+  for (const auto& engine : cluster.servers[0]->engines()) pieces += engine->counters().helped.get();
+  return pieces;
+}
+
+// Large lookups are pooled by all engines together while lanes come and go under them, and their owners are stopped.
+void engines_share_large_lookups(const std::string& kind) {
+  Cluster cluster(1, 3);
+  const auto connect = [&] { return cluster.connect(0, kind, 4, 1 << 18, 2 << 20); };
+  std::atomic<int> wrong{0};
+  std::atomic<bool> stop{false};
+  std::vector<std::thread> threads;
+  for (unsigned t = 0; t < 2; ++t)
+    threads.emplace_back([&, t] {
+      Looker looker(t);
+      LookupClient client(5, make_routes(1), 5, false);
+      client.attach(0, connect());
+      for (int i = 0; !stop.load(); ++i) {
+        const int64_t batch = i % 4 == 3 ? 5 : 4000;
+        const LookupResult result = looker.look(client, batch);
+        if (result.status == Status::ok ? !looker.right(batch) : !stop.load()) wrong.fetch_add(1);
+        if (i % 8 == 7) {
+          // The lane dies in the middle of a large lookup.
+          std::thread killer([&] { client.lane(0)->kill(); });
+          looker.look(client, 4000);
+          killer.join();
+          if (!stop.load()) client.attach(0, connect());
+        }
+      }
+    });
+  const uint64_t until = now_ns() + 20'000'000'000;
+  while (helped(cluster) < 200 && now_ns() < until) std::this_thread::sleep_for(std::chrono::milliseconds(5));
+  CHECK(helped(cluster) >= 200);
+  stop.store(true);
+  for (auto& t : threads) t.join();
+  CHECK(wrong.load() == 0);
 }
 
 int open_descriptors() {
@@ -484,6 +523,7 @@ int main() {
     tests.push_back({kind + ": many threads share a lane", [kind] { many_threads_share_a_lane(kind); }});
     tests.push_back({kind + ": lanes lost under load fail cleanly and come back", [kind] { lanes_lost_under_load_fail_cleanly_and_come_back(kind); }});
     tests.push_back({kind + ": a closing sidecar releases its waiters", [kind] { a_closing_sidecar_releases_its_waiters(kind); }});
+    tests.push_back({kind + ": engines share large lookups", [kind] { engines_share_large_lookups(kind); }});
     tests.push_back({kind + ": another epoch is refused", [kind] { another_epoch_is_refused(kind); }});
     tests.push_back({kind + ": steady state allocates nothing", [kind] { steady_state_allocates_nothing(kind); }});
     tests.push_back({kind + ": a thousand dead peers leave nothing", [kind] { dead_peers_leave_nothing(kind); }});
