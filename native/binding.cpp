@@ -107,6 +107,7 @@ nb::dict server_stats(SidecarServer& server) {
     e["rows"] = sums[i][1];
     e["bytes"] = sums[i][2];
     e["out_of_range"] = sums[i][3];
+    e["rows_ahead"] = tables && int32_t(i) < tables->table_count() ? tables->table(int32_t(i)).rows_ahead.load() : 0;
     table_list.append(e);
   }
   nb::dict status_dict;
@@ -466,7 +467,21 @@ NB_MODULE(_native, m) {
             self.set->add_feature(feature, table, as_pooling(pooling), weighted);
           }, "feature"_a, "table"_a, "pooling"_a, "weighted"_a)
       .def("seal", [](PyTables& self) { self.set->seal(); })
+      .def("set_memory", [](PyTables& self, const std::string& huge_pages, const std::vector<int>& nodes) {
+            self.set->set_memory({parse_huge_pages(huge_pages), nodes});
+          }, "huge_pages"_a, "nodes"_a)
+      .def("reserve", [](PyTables& self) { self.set->reserve(); }, nb::call_guard<nb::gil_scoped_release>())
       .def("promote", [](PyTables& self) { return self.set->promote(); }, nb::call_guard<nb::gil_scoped_release>())
+      .def("choose_lookahead", [](PyTables& self, int64_t bytes) {
+            if (bytes < 0) throw nb::value_error("bytes: 0 or more");
+            nb::gil_scoped_release release;
+            self.set->choose_lookahead(bytes);
+          }, "bytes"_a)
+      .def("rows_ahead", [](const PyTables& self, int32_t table) {
+            if (table < 0 || table >= self.set->table_count()) throw nb::index_error("table");
+            return self.set->table(table).rows_ahead.load(std::memory_order_relaxed);
+          }, "table"_a)
+      .def_prop_ro("placement_error", [](const PyTables& self) { return self.set->placement_error(); })
       .def_prop_ro("epoch", [](const PyTables& self) { return self.set->epoch(); })
       .def_prop_ro("bytes", [](const PyTables& self) { return self.set->bytes(); })
       .def_prop_ro("huge_bytes", [](const PyTables& self) { return self.set->huge_bytes(); });

@@ -3,9 +3,9 @@
 
 #include <algorithm>
 #include <atomic>
-#include <numeric>
 
 #include "kernels.hpp"
+#include "lookahead.hpp"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -48,28 +48,6 @@ constexpr Level kLevels[] = {
 #endif
     {"scalar", [] { return true; }, kernels::pool_scalar},
 };
-
-// How many cache lines lie between the start of a row's fetch and its use: enough to cover the memory's latency, few
-// enough to stay in a 32 KiB L1 cache until then. Random ids over 26 tables of 200,000 rows, 128 bags of 20 ids, one thread
-// of a Zen 5; rows of 4 lines, 24 / 32 / 48 / 64 / 96 ahead: 512, 474, 491, 501, 530 µs; rows of 2 lines, 48 / 64 / 96 /
-// 128 / 192: 318, 271, 227, 212, 237 µs.
-constexpr int64_t kLinesAhead = 192;
-constexpr int64_t kMinRowsAhead = 4;
-constexpr int64_t kMaxRowsAhead = 128;
-// Past this many lines the hardware's own prefetcher has caught on to a row.
-constexpr int64_t kMaxLinesPerRow = 16;
-
-int32_t rows_ahead(int64_t row_lines) {
-  return int32_t(std::clamp(kLinesAhead / row_lines, kMinRowsAhead, kMaxRowsAhead));
-}
-
-// Lines that a row touches at most: rows begin `step` bytes apart within a line.
-int32_t row_lines(const std::byte* base, int64_t row_bytes) {
-  const int64_t step = std::gcd(row_bytes, kernels::kLineBytes);
-  const int64_t last_begin = kernels::kLineBytes - step + int64_t(reinterpret_cast<uintptr_t>(base) % uintptr_t(step));
-  const int64_t lines = (last_begin + row_bytes + kernels::kLineBytes - 1) / kernels::kLineBytes;
-  return int32_t(std::clamp(lines, int64_t(1), kMaxLinesPerRow));
-}
 
 std::atomic<const Level*> level_in_use{nullptr};
 
@@ -128,7 +106,8 @@ PoolTask pool_task(const Table& table, Pooling pooling, const BagInput& input, f
   task.fixed_length = input.fixed_length;
   task.batch = input.batch;
   task.row_lines = row_lines(task.base, task.row_bytes);
-  task.rows_ahead = rows_ahead(task.row_lines);
+  const int32_t chosen = table.rows_ahead.load(std::memory_order_relaxed);
+  task.rows_ahead = chosen > 0 ? chosen : rows_ahead(task.row_lines);
   task.format = table.format;
   task.policy = table.policy;
   task.pooling = pooling;

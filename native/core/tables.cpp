@@ -1,4 +1,4 @@
-// Where rows lie: files mapped read-only, or copies in anonymous memory with huge pages.
+// Where rows lie: files mapped read-only, or copies in anonymous memory.
 #include "tables.hpp"
 
 #include <fcntl.h>
@@ -11,18 +11,20 @@
 #include <cstring>
 #include <limits>
 
+#include "lookahead.hpp"
 #include "memory.hpp"
 
 namespace sidepool {
 namespace {
 
-constexpr size_t kHugePage = size_t(2) << 20;
-// From this size on a table's tail gets a whole huge page too: at most 1/16 more memory than rows. Below it the tail lies
-// in small pages, or a thousand tables of 2.1 MB would take twice their bytes.
-constexpr size_t kWholeHugePages = 16 * kHugePage;
 // A table is copied in slices whose source is given back at once, so that its rows are never resident twice. Large enough
 // that a system call per slice does not show.
 constexpr size_t kCopySlice = size_t(64) << 20;
+
+// Rows of smaller sets stay in a last-level cache, where fetching early gains little.
+constexpr int64_t kMeasuredBytes = int64_t(64) << 20;
+// What start-up may spend on measuring; some 20 ms of what an operator would call at once are left for the scratch memory.
+constexpr uint64_t kMeasureNs = 80'000'000;
 
 template <class Enum, size_t N>
 Enum parse_name(const char* what, const std::string& name, const char* const (&names)[N]) {
@@ -38,25 +40,7 @@ Enum parse_name(const char* what, const std::string& name, const char* const (&n
   throw Error(Status::internal, what + ": " + std::strerror(errno));
 }
 
-size_t round_up(size_t bytes, size_t unit) { return (bytes + unit - 1) / unit * unit; }
-
 size_t page_bytes() { return size_t(sysconf(_SC_PAGESIZE)); }
-
-// Anonymous memory at a 2 MiB boundary, advised for huge pages. `bytes` becomes the length.
-std::byte* map_huge(size_t& bytes) {
-  bytes = round_up(bytes, bytes >= kWholeHugePages ? kHugePage : page_bytes());
-  const size_t reserved = bytes + kHugePage;
-  void* mapped = mmap(nullptr, reserved, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (mapped == MAP_FAILED) fail_os("cannot map " + std::to_string(reserved) + " bytes of memory");
-  auto* start = static_cast<std::byte*>(mapped);
-  const size_t before = round_up(uintptr_t(start), kHugePage) - uintptr_t(start);
-  const size_t after = reserved - before - bytes;
-  if (before > 0) munmap(start, before);
-  if (after > 0) munmap(start + before + bytes, after);
-  // A kernel without transparent huge pages refuses the advice; small pages are slower, not wrong.
-  madvise(start + before, bytes, MADV_HUGEPAGE);
-  return start + before;
-}
 
 }  // namespace
 
@@ -77,6 +61,7 @@ struct TableSet::Region {
   size_t length;
   int32_t table;
   bool file_backed;
+  std::byte* copy = nullptr;  // of a file: the memory that promote fills
 };
 
 TableSet::TableSet(int64_t epoch, int32_t tables, int32_t features)
@@ -137,15 +122,15 @@ void TableSet::add_copy(int32_t index, const void* data, int64_t rows, int32_t d
                         int64_t default_row) {
   Table& table = describe(index, rows, dim, format, policy, default_row);
   const size_t bytes = size_t(rows) * row_bytes(format, dim);
-  std::byte* copy = add_huge(index, bytes);
+  std::byte* copy = add_memory(index, bytes);
   std::memcpy(copy, data, bytes);
   huge_bytes_.fetch_add(int64_t(bytes), std::memory_order_relaxed);
   table.base.store(copy, std::memory_order_release);
 }
 
-std::byte* TableSet::add_huge(int32_t index, size_t bytes) {
+std::byte* TableSet::add_memory(int32_t index, size_t bytes) {
   regions_.reserve(regions_.size() + 1);
-  std::byte* memory = map_huge(bytes);
+  std::byte* memory = map_rows(bytes, memory_, placement_error_);
   regions_.push_back({memory, bytes, index, false});
   return memory;
 }
@@ -176,17 +161,45 @@ void TableSet::seal() {
   sealed_ = true;
 }
 
-int64_t TableSet::promote() {
-  int64_t copied = 0;
+void TableSet::set_memory(const MemoryPolicy& policy) {
+  for (const int node : policy.nodes) {
+    if (node < 0 || node >= kMaxNodes) {
+      throw Error(Status::plan, "nodes: found " + std::to_string(node) + "; allowed: 0 to " + std::to_string(kMaxNodes - 1));
+    }
+  }
+  memory_ = policy;
+}
+
+void TableSet::reserve() {
   const size_t mapped = regions_.size();
+  const auto bytes_of = [this](const Region& file) {
+    const Table& table = tables_[size_t(file.table)];
+    return size_t(table.rows) * row_bytes(table.format, table.dim);
+  };
+  size_t pages = 0;
+  for (const Region& region : regions_) {
+    if (region.file_backed && region.copy == nullptr) pages += hugetlb_pages(bytes_of(region));
+  }
+  if (memory_.huge_pages == HugePages::hugetlb && pages > 0 && int64_t(pages) > free_hugetlb_pages()) {
+    throw Error(Status::internal, hugetlb_shortage(pages));
+  }
   for (size_t i = 0; i < mapped; ++i) {
-    const Region file = regions_[i];
+    if (!regions_[i].file_backed || regions_[i].copy != nullptr) continue;
+    std::byte* copy = add_memory(regions_[i].table, bytes_of(regions_[i]));
+    regions_[i].copy = copy;
+  }
+}
+
+int64_t TableSet::promote() {
+  reserve();
+  int64_t copied = 0;
+  for (const Region& file : regions_) {
     if (!file.file_backed) continue;
     Table& table = tables_[size_t(file.table)];
     const std::byte* base = table.base.load(std::memory_order_relaxed);
     if (base < file.address || base >= file.address + file.length) continue;  // promoted by an earlier call
     const size_t bytes = size_t(table.rows) * row_bytes(table.format, table.dim);
-    std::byte* copy = add_huge(file.table, bytes);
+    std::byte* copy = file.copy;
     const size_t lead = size_t(base - file.address);
     for (size_t at = 0; at < file.length; at += kCopySlice) {
       const size_t end = std::min(at + kCopySlice, file.length), begin = std::max(at, lead);
@@ -200,6 +213,33 @@ int64_t TableSet::promote() {
     copied += int64_t(bytes);
   }
   return copied;
+}
+
+void TableSet::choose_lookahead(int64_t bytes) {
+  std::vector<RowKind> kinds;
+  for (int32_t i = 0; i < table_count_; ++i) {
+    Table& table = tables_[size_t(i)];
+    if (table.base.load(std::memory_order_relaxed) == nullptr) continue;
+    const auto same = [&table](const RowKind& kind) { return kind.format == table.format && kind.dim == table.dim; };
+    if (std::none_of(kinds.begin(), kinds.end(), same)) kinds.push_back({table.format, table.dim, 0});
+  }
+  if (bytes == 0 && this->bytes() >= kMeasuredBytes) {
+    measure_lookahead(kinds, kMeasureNs);
+  } else {
+    for (RowKind& kind : kinds) {
+      // Copies, and most files' tensors, begin a line.
+      const int32_t lines = row_lines(nullptr, int64_t(row_bytes(kind.format, kind.dim)));
+      kind.rows_ahead = rows_ahead(lines, bytes > 0 ? bytes : kLookaheadBytes);
+    }
+  }
+  for (const RowKind& kind : kinds) {
+    for (int32_t i = 0; i < table_count_; ++i) {
+      Table& table = tables_[size_t(i)];
+      if (table.format == kind.format && table.dim == kind.dim) {
+        table.rows_ahead.store(kind.rows_ahead, std::memory_order_relaxed);
+      }
+    }
+  }
 }
 
 int64_t TableSet::bytes() const {

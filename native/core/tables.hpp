@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "status.hpp"
+#include "table_memory.hpp"
 
 namespace sidepool {
 
@@ -48,6 +49,9 @@ struct Table {
   RowFormat format = RowFormat::fp32;
   OutOfRange policy = OutOfRange::error;
   int64_t default_row = 0;
+  // How far ahead of its use a row's fetch starts; 0: by lookahead.hpp's constant. A matter of speed alone: may change
+  // while lookups run.
+  std::atomic<int32_t> rows_ahead{0};
 };
 
 struct Feature {
@@ -74,9 +78,21 @@ class TableSet {
                 int64_t default_row);
   void add_feature(int32_t feature, int32_t table, Pooling pooling, bool weighted);
   void seal();
-  // Copies every mapped table into huge pages while lookups go on; returns bytes copied. One thread at a time, not
-  // while the set is being destroyed.
+
+  // Where copies of rows lie from now on: before add_copy and promote. Error(plan) on a node that cannot be.
+  void set_memory(const MemoryPolicy& policy);
+  // Maps the memory that promote will fill. Under hugetlb it takes the pages; Error(internal) with how many are needed and
+  // how many there are, where they are too few.
+  void reserve();
+  // Copies every mapped table into memory of its own while lookups go on; returns bytes copied. Reserves first where that
+  // was not done. One thread at a time, not while the set is being destroyed.
   int64_t promote();
+  // Why rows do not lie on the nodes that set_memory named: the kernel's errno, 0 where they do. After reserve.
+  int placement_error() const { return placement_error_; }
+
+  // Sets every table's lookahead: `bytes` of rows, or what is measured to be fastest (bytes = 0; at most about 100 ms).
+  // Tables that a cache holds are left at the constant.
+  void choose_lookahead(int64_t bytes);
 
   int64_t epoch() const { return epoch_; }
   int64_t bytes() const;
@@ -90,13 +106,15 @@ class TableSet {
  private:
   struct Region;  // one mapping: address, length, whether it is file-backed
   Table& describe(int32_t index, int64_t rows, int32_t dim, RowFormat format, OutOfRange policy, int64_t default_row);
-  std::byte* add_huge(int32_t index, size_t bytes);
+  std::byte* add_memory(int32_t index, size_t bytes);
 
   int64_t epoch_;
   int32_t table_count_;
   std::unique_ptr<Table[]> tables_;
   std::vector<Feature> features_;
   std::vector<Region> regions_;
+  MemoryPolicy memory_;
+  int placement_error_ = 0;
   std::atomic<int64_t> huge_bytes_{0};
   bool sealed_ = false;
 };
