@@ -27,6 +27,9 @@ def simd_levels() -> list[str]:
 def force_simd_level(level: str) -> None:
     """Use `level` from now on in this process (tests and benchmarks); `NativeError` where it cannot run."""
 
+def measure_lookahead(dims: Sequence[int]) -> list[int]:
+    """Rows between the start of a row's fetch and its use, measured to be fastest for fp32 rows of each dim; about 0.1 s."""
+
 class TableSet:
     """The tables and features one process serves under one plan epoch. Build it, `seal` it, then publish it.
 
@@ -48,8 +51,23 @@ class TableSet:
         """
     def add_feature(self, feature: int, table: int, pooling: str, weighted: bool) -> None: ...
     def seal(self) -> None: ...
+    def set_memory(self, huge_pages: str, nodes: Sequence[int]) -> None:
+        """Where copies lie from now on. huge_pages: transparent, hugetlb or off. nodes: NUMA nodes that rows are spread over page
+        by page, or the one they are put on; empty: as the kernel likes. Before `add_table_array` and `promote`.
+        """
+    def reserve(self) -> None:
+        """Map the memory that `promote` fills; under hugetlb the pages are taken, `NativeError` where they are too few."""
+    @property
+    def placement_error(self) -> int:
+        """The errno with which the kernel refused `nodes`, else 0. Known once memory is mapped."""
+    def choose_lookahead(self, bytes: int) -> None:
+        """Fetch rows `bytes` ahead of their use; 0: what is measured to be fastest (at most about 100 ms; sets below 64 MiB keep
+        12 KiB). Never changes results.
+        """
+    def rows_ahead(self, table: int) -> int:
+        """The lookahead of a table in rows; 0 where none was chosen or the table is not held."""
     def promote(self) -> int:
-        """Copy every mapped table into anonymous memory with huge pages while serving goes on; returns bytes copied.
+        """Copy every mapped table into memory of its own (see `set_memory`) while serving goes on; returns bytes copied.
 
         Run it once, from one background thread. Lookups use a table's copy from the moment it is complete.
         """
@@ -88,7 +106,10 @@ class PreparedFrames:
 class SidecarServer:
     """The engines of a sidecar: native threads that own lanes and answer lookups. Thread-safe."""
 
-    def __init__(self, *, engines: int, spin_us: int, max_lanes: int, max_frame_bytes: int) -> None: ...
+    def __init__(
+        self, *, engines: int, spin_us: int, max_lanes: int, max_frame_bytes: int, cpus: Sequence[Sequence[int]] = ()
+    ) -> None:
+        """Engine i runs on `cpus[i % len(cpus)]`; anywhere where `cpus` is empty."""
     def publish(self, tables: TableSet) -> None:
         """Serve `tables` from now on; lookups under another epoch are refused with status PLAN."""
     def listen_unix(self, path: str) -> None:

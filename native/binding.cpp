@@ -7,6 +7,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "client.hpp"
+#include "lookahead.hpp"
 #include "parent.hpp"
 #include "prepared.hpp"
 #include "pooling.hpp"
@@ -430,6 +431,20 @@ NB_MODULE(_native, m) {
   m.def("force_simd_level", &force_simd_level, "level"_a);
   m.def("reason_text", [](int reason) { return std::string(reason_text(Reason(reason))); }, "reason"_a);
   m.def("inspect_frame", &inspect_frame, "frame"_a);
+  m.def("measure_lookahead", [](const std::vector<int32_t>& dims) {
+    std::vector<RowKind> kinds;
+    for (const int32_t dim : dims) {
+      if (dim < 1 || dim > kMaxDim) throw nb::value_error("dims: 1 to 4096");
+      kinds.push_back({RowFormat::fp32, dim, 0});
+    }
+    {
+      nb::gil_scoped_release release;
+      measure_lookahead(kinds, kMeasureLookaheadNs);
+    }
+    std::vector<int32_t> rows;
+    for (const RowKind& kind : kinds) rows.push_back(kind.rows_ahead);
+    return rows;
+  }, "dims"_a);
   m.def("pool", &pool_one, "tables"_a, "feature"_a, "values"_a, "lengths"_a, "weights"_a.none(), "out"_a.noconvert());
   m.def("end_with_parent", [](double grace_s) { end_with_parent(uint64_t(grace_s * 1e9)); }, "grace_s"_a);
   m.def(

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import ipaddress
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from sidepool.wire.config import Frozen, load_yaml
@@ -52,10 +60,29 @@ def _check_socket_path(text: str) -> str:
     return text
 
 
+def _one_complaint(allowed: str) -> WrapValidator:
+    """Of a union, say once what is allowed instead of once per member."""
+
+    def check(value: Any, inner: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return inner(value)
+        except ValidationError as e:
+            raise PydanticCustomError("choice", "{allowed}", {"allowed": allowed}) from e
+
+    return WrapValidator(check)
+
+
 Endpoint = Annotated[str, AfterValidator(_check_endpoint)]
 # Slots are mapped, so they are whole pages; below 64 KiB frames would be mostly header, above 1 GiB a length is a mistake.
 SlotBytes = Annotated[int, Field(ge=64 * KIB, le=GIB, multiple_of=4096)]
 SocketPath = Annotated[str, AfterValidator(_check_socket_path)]
+# Linux has at most 1,024 nodes.
+Numa = Annotated[
+    Literal["auto", "off"] | Annotated[int, Field(ge=0, le=1023)],
+    _one_complaint("'auto', 'off' or the number of a node, 0 to 1023"),
+]
+# Less than a cache line is none, and more than a level-2 cache is pushed out before its use.
+LookaheadBytes = Annotated[Literal["auto"] | Annotated[int, Field(ge=64, le=MIB)], _one_complaint("'auto' or 64 to 1048576 bytes")]
 
 
 class _Documented(Frozen):
@@ -89,6 +116,27 @@ class Tls(_Documented):
     """Authorities whose certificates clients must present (mTLS). null: connections are encrypted, clients are not checked."""
 
 
+class Memory(_Documented):
+    """Where the copies of the tables lie that `promote` makes."""
+
+    huge_pages: Literal["transparent", "hugetlb", "off"] = "transparent"
+    """transparent: memory that the kernel backs with huge pages where it can. hugetlb: 2 MiB pages reserved by the administrator
+    (`sysctl vm.nr_hugepages`), taken before serving or the start is refused; a reload needs them for the old and the new tables at
+    once. off: small pages."""
+    numa: Numa = "auto"
+    """auto: on a machine with several NUMA nodes, engines are bound to the nodes in turn and rows are spread over all nodes page by
+    page, so that every memory controller takes its share whatever tables are hot. A number: engines and rows on that node, for one
+    sidecar per node. off: as the kernel likes."""
+
+
+class Pool(_Documented):
+    """How rows are gathered."""
+
+    lookahead_bytes: LookaheadBytes = "auto"
+    """Bytes of rows between the start of a row's fetch and its use, kept within 4 to 64 rows. auto: measured at start for every
+    row size, within 0.1 s, where the tables have 64 MiB or more, else 12 KiB. A matter of speed alone; a number repeats a run."""
+
+
 class SidecarConfig(_Documented):
     """One sidecar process."""
 
@@ -106,7 +154,8 @@ class SidecarConfig(_Documented):
     """TLS for the control plane (grpc lane included). null: plain text, fit for loopback and for meshes that encrypt themselves."""
     engines: Annotated[int, Field(ge=1, le=256)] = 1
     """Native threads that serve the tcp and shm lanes. One gathers about as fast as one core can read memory; add engines when
-    `engine_busy_seconds_total` nears 1 per second, up to the cores that rankers on the same machine leave free."""
+    `engine_busy_seconds_total` nears 1 per second, up to the cores that rankers on the same machine leave free. Those with nothing
+    to do help with large lookups of the others, so more engines also make one large lookup faster."""
     spin_us: Annotated[int, Field(ge=0, le=1_000_000)] = 5
     """Microseconds an idle engine spins before it sleeps. An idle spinning engine steals its core from a ranker beside it, so the
     default only bridges the gap between the pieces of one lookup. Where engines have cores of their own, 50 saves the 10 to
@@ -126,12 +175,23 @@ class SidecarConfig(_Documented):
     """Compare every shard's CRC-32C with the manifest before serving. Reads each byte once: about a second per 10 GB and
     core when the files are cached, else as fast as the disk reads. false starts at once and finds bad bytes never."""
     promote: bool = True
-    """Copy the mapped tables into huge pages in the background while serving: random rows then cost one TLB miss less. Needs
+    """Copy the mapped tables in the background while serving, into memory as `memory` says: random rows of huge pages cost one TLB
+    miss less. Needs
     the tables' bytes of memory beside the page cache; false where that is not there."""
+    memory: Memory = Memory()
+    """Placement of the tables."""
+    pool: Pool = Pool()
+    """Gathering."""
     drain_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 20.0
     """Seconds that in-flight lookups get to finish after SIGTERM. Kubernetes kills after 30 by default; 20 leaves room."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least severe level that is logged. SIGHUP applies a change."""
+
+    @model_validator(mode="after")
+    def _check_promotion(self) -> Self:
+        if self.memory.huge_pages == "hugetlb" and not self.promote:
+            raise PydanticCustomError("promotion", "memory.huge_pages hugetlb only with promote true")
+        return self
 
 
 def load_sidecar_config(path: Path) -> SidecarConfig:

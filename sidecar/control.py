@@ -68,10 +68,11 @@ class ControlServicer(control_pb2_grpc.SidecarServicer):
             reply.plan_epoch, reply.plan_fingerprint = plan.epoch, plan.fingerprint
             reply.huge_bytes = published.tables.huge_bytes
             held = plan.sidecar_index[self._config.name]
-            for table, holder in zip(plan.tables, plan.sidecar_of_table, strict=True):
+            for i, (table, holder) in enumerate(zip(plan.tables, plan.sidecar_of_table, strict=True)):
                 if holder == held:
                     held_table = reply.tables.add(name=table.name, rows=table.rows, dim=table.dim, bytes=table.bytes)
                     held_table.row_format = table.row_format
+                    held_table.rows_ahead = published.tables.rows_ahead(i)
         return reply
 
     @translated

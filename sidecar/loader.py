@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -12,9 +13,10 @@ from pathlib import Path
 from sidepool import _native
 from sidepool.sidecar import logs
 from sidepool.sidecar.config import SidecarConfig
+from sidepool.sidecar.numa import place, usable_nodes
 from sidepool.sidecar.serving import Published
 from sidepool.sidecar.shards import LoadCancelled, load_tables
-from sidepool.wire.errors import PlanError
+from sidepool.wire.errors import ConfigError, PlanError
 from sidepool.wire.plan import Plan, load_plan
 
 # A progress line for every tenth of the bytes: ten lines whatever the number of tables.
@@ -75,7 +77,7 @@ def load(
 ) -> Published | None:
     """Load what `config` names; None when its plan is the one already `serving`.
 
-    Raises `PlanError` and `ShardCorrupt`, and `LoadCancelled` soon after `cancelled()` is true.
+    Raises `PlanError`, `ShardCorrupt` and `ConfigError` (`memory`), and `LoadCancelled` soon after `cancelled()` is true.
     """
     plan = load_plan(Path(config.plan))
     if serving is not None and not _replaces(plan, serving.plan, config.plan):
@@ -94,9 +96,31 @@ def load(
             logs.info("verifying shards", done_bytes=done, total_bytes=total, bytes_per_s=speed, eta_s=eta_s)
 
     tables = load_tables(plan, config.name, Path(config.shards), verify=config.verify, progress=progress, cancelled=cancelled)
+    _place(tables, config)
+    _choose_lookahead(tables, plan, config)
     seconds = round(time.monotonic() - began, 3)
     logs.info("shards loaded", plan_epoch=plan.epoch, bytes=tables.bytes, verified=config.verify, seconds=seconds)
     return Published(plan, tables)
+
+
+def _place(tables: _native.TableSet, config: SidecarConfig) -> None:
+    """Say where copies go; reserved huge pages are taken now, while their lack can still be refused."""
+    memory = config.memory
+    tables.set_memory(memory.huge_pages, list(place(memory.numa, usable_nodes()).nodes))
+    if memory.huge_pages == "hugetlb":
+        try:
+            tables.reserve()
+        except _native.NativeError as e:
+            raise ConfigError(f"memory.huge_pages: {e.args[1]}") from e
+
+
+def _choose_lookahead(tables: _native.TableSet, plan: Plan, config: SidecarConfig) -> None:
+    wanted = config.pool.lookahead_bytes
+    began = time.monotonic()
+    tables.choose_lookahead(0 if wanted == "auto" else wanted)
+    held = [(i, table) for i, table in enumerate(plan.tables) if tables.rows_ahead(i) > 0]
+    rows = {table.bytes // table.rows: tables.rows_ahead(i) for i, table in held}
+    logs.info("lookahead", rows_ahead_by_row_bytes=rows, seconds=round(time.monotonic() - began, 3))
 
 
 def promote(tables: _native.TableSet) -> None:
@@ -110,6 +134,9 @@ def promote(tables: _native.TableSet) -> None:
             logs.log(logging.WARNING, "tables stay mapped: no memory for huge pages", reason=str(e))
         else:
             logs.info("tables promoted to huge pages", bytes=copied, seconds=round(time.monotonic() - began, 3))
+            if tables.placement_error:
+                reason = os.strerror(tables.placement_error)
+                logs.log(logging.WARNING, "rows lie where the kernel likes: it refused their NUMA nodes", reason=reason)
 
     # A daemon: the process may end in the middle of a copy, which nobody needs any more.
     threading.Thread(target=copy, name="promote", daemon=True).start()

@@ -88,6 +88,8 @@ class SidecarCollector(Collector):
         for name, (key, text) in _TABLE_COUNTERS.items():
             yield _counter(name, text, {(table,): t[key] for table, t in rows}, ["table"])
         sizes: dict[Label, float] = {(table.name,): table.bytes for table in tables if table is not None}
+        ahead: dict[Label, float] = {(table,): t["rows_ahead"] for table, t in rows}
+        yield _gauge("table_rows_ahead", "Rows between the start of a row's fetch and its use", ahead, ["table"])
         yield _gauge("table_bytes", "Row bytes of the table", sizes, ["table"])
         yield _gauge("resident_bytes", "Row bytes held", {(): held.bytes}, [])
         yield _gauge("huge_page_bytes", "Row bytes held in huge-page memory", {(): held.huge_bytes}, [])
@@ -159,7 +161,12 @@ def _engines(engines: Iterable[dict[str, int]]) -> Iterator[Metric]:
     rows: dict[Label, dict[str, int]] = {(str(i),): engine for i, engine in enumerate(engines)}
     for key, text in (("queued", "Subrequests waiting"), ("in_flight", "Subrequests being served")):
         yield _gauge(f"engine_{key}", text, {label: e[key] for label, e in rows.items()}, ["engine"])
-    for key, text in (("served", "Subrequests served"), ("shed", "Subrequests refused because their deadline could not be met")):
+    counted = {
+        "served": "Subrequests served",
+        "shed": "Subrequests refused because their deadline could not be met",
+        "helped": "Pieces pooled of other engines' subrequests",
+    }
+    for key, text in counted.items():
         yield _counter(f"engine_{key}", text, {label: e[key] for label, e in rows.items()}, ["engine"])
     busy: dict[Label, float] = {label: e["busy_ns"] / 1e9 for label, e in rows.items()}
     yield _counter("engine_busy_seconds", "Time spent on subrequests", busy, ["engine"])

@@ -17,6 +17,7 @@ from sidepool.sidecar.config import SidecarConfig, is_wildcard, join_endpoint, l
 from sidepool.sidecar.control import ControlPlane
 from sidepool.sidecar.loader import Loaded, Loader, LoadFailed, promote
 from sidepool.sidecar.metrics import MetricsServer
+from sidepool.sidecar.numa import place, usable_nodes
 from sidepool.sidecar.serving import Serving
 from sidepool.sidecar.socket_directory import private_directory
 from sidepool.wire.errors import ConfigError, SidepoolError
@@ -53,6 +54,7 @@ class SidecarProcess:
                 spin_us=config.spin_us,
                 max_lanes=config.max_lanes,
                 max_frame_bytes=max(config.request_slot_bytes, config.response_slot_bytes),
+                cpus=[list(cpus) for cpus in place(config.memory.numa, usable_nodes()).cpus],
             )
             stack.callback(self._server.close)
             self._serving = Serving(config.name, self._server)

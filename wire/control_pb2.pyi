@@ -11,18 +11,20 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class TableHeld(_message.Message):
-    __slots__ = ("name", "rows", "dim", "row_format", "bytes")
+    __slots__ = ("name", "rows", "dim", "row_format", "bytes", "rows_ahead")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
     DIM_FIELD_NUMBER: _ClassVar[int]
     ROW_FORMAT_FIELD_NUMBER: _ClassVar[int]
     BYTES_FIELD_NUMBER: _ClassVar[int]
+    ROWS_AHEAD_FIELD_NUMBER: _ClassVar[int]
     name: str
     rows: int
     dim: int
     row_format: str
     bytes: int
-    def __init__(self, name: _Optional[str] = ..., rows: _Optional[int] = ..., dim: _Optional[int] = ..., row_format: _Optional[str] = ..., bytes: _Optional[int] = ...) -> None: ...
+    rows_ahead: int
+    def __init__(self, name: _Optional[str] = ..., rows: _Optional[int] = ..., dim: _Optional[int] = ..., row_format: _Optional[str] = ..., bytes: _Optional[int] = ..., rows_ahead: _Optional[int] = ...) -> None: ...
 
 class DescribeReply(_message.Message):
     __slots__ = ("name", "plan_epoch", "plan_fingerprint", "tables", "lanes", "version", "wire_version", "simd", "engines", "huge_bytes", "state")

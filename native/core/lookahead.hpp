@@ -25,6 +25,9 @@ struct RowKind {
   int32_t rows_ahead;
 };
 
+// What a start may spend on measuring: nobody notices it beside the loading of tables that are worth measuring for.
+constexpr uint64_t kMeasureLookaheadNs = 80'000'000;
+
 // Sets `rows_ahead` of each kind to what pools random rows of scratch memory fastest here, or to the constant's where
 // nothing is faster beyond noise. Takes at most about `budget_ns` and 64 MiB meanwhile; kinds for which there was no time,
 // or no memory in time, keep the constant's. Any thread.

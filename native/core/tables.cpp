@@ -23,8 +23,6 @@ constexpr size_t kCopySlice = size_t(64) << 20;
 
 // Rows of smaller sets stay in a last-level cache, where fetching early gains little.
 constexpr int64_t kMeasuredBytes = int64_t(64) << 20;
-// What start-up may spend on measuring; some 20 ms of what an operator would call at once are left for the scratch memory.
-constexpr uint64_t kMeasureNs = 80'000'000;
 
 template <class Enum, size_t N>
 Enum parse_name(const char* what, const std::string& name, const char* const (&names)[N]) {
@@ -224,7 +222,7 @@ void TableSet::choose_lookahead(int64_t bytes) {
     if (std::none_of(kinds.begin(), kinds.end(), same)) kinds.push_back({table.format, table.dim, 0});
   }
   if (bytes == 0 && this->bytes() >= kMeasuredBytes) {
-    measure_lookahead(kinds, kMeasureNs);
+    measure_lookahead(kinds, kMeasureLookaheadNs);
   } else {
     for (RowKind& kind : kinds) {
       // Copies, and most files' tensors, begin a line.

@@ -20,6 +20,8 @@ from typing import Literal
 State = Literal["ok", "limited", "absent"]
 
 GIB = 1 << 30
+# Dims 16 to 128 in fp32, 32 to 256 in fp16.
+LOOKAHEAD_ROW_BYTES = (64, 128, 256, 512)
 # What Triton's documentation starts its containers with (--shm-size=1g); Docker's own default is 64 MB.
 WANTED_SHM_BYTES = GIB
 
@@ -85,10 +87,10 @@ def transparent_huge_pages(setting: Path = Path("/sys/kernel/mm/transparent_huge
 
 
 def reserved_huge_pages(meminfo: Path = Path("/proc/meminfo")) -> Finding:
-    """Pages reserved for hugetlbfs; the row store does not use them, other processes on the node may have taken the memory."""
+    """Pages reserved for hugetlbfs, which a sidecar takes with `memory.huge_pages: hugetlb`; unused ones are lost to others."""
     fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
-    total, size = int(fields.get("HugePages_Total", "0")), fields.get("Hugepagesize", "0 kB").strip()
-    return Finding("hugetlbfs", "ok", f"{total} pages of {size} reserved (none are needed)")
+    total, free, size = (fields.get(f, "0").strip() for f in ("HugePages_Total", "HugePages_Free", "Hugepagesize"))
+    return Finding("hugetlbfs", "ok", f"{total} pages of {size} reserved, {free} free (needed only for memory.huge_pages: hugetlb)")
 
 
 def memlock() -> Finding:
@@ -182,13 +184,47 @@ def triton() -> Finding:
     return Finding("Triton", "absent", reason, f"pip install {WHEEL} (make venv does)")
 
 
-def cores(nodes: Path = Path("/sys/devices/system/node")) -> Finding:
-    """Cores this process may use, and NUMA nodes."""
-    usable, numa = len(os.sched_getaffinity(0)), len(list(nodes.glob("node[0-9]*"))) or 1
-    found = f"{usable} of {os.cpu_count()} usable, {numa} NUMA node{'s' if numa > 1 else ''}"
-    if numa > 1:
-        return Finding("cores", "limited", found, "run one sidecar per node: numactl --cpunodebind=N --membind=N")
-    return Finding("cores", "ok", found)
+def lookahead() -> Finding:
+    """Measures, as a sidecar does at its start, how far ahead rows of some sizes are best fetched. Takes about 0.1 s."""
+    try:
+        from sidepool import _native
+    except ImportError as e:
+        return Finding("lookahead", "absent", f"the native core cannot be imported: {e}", "build it: make native")
+    rows = _native.measure_lookahead([size // 4 for size in LOOKAHEAD_ROW_BYTES])
+    found = ", ".join(f"{n} of {size} bytes" for size, n in zip(LOOKAHEAD_ROW_BYTES, rows, strict=True))
+    return Finding("lookahead", "ok", f"rows fetched ahead: {found}")
+
+
+def cores() -> Finding:
+    """Cores this process may use."""
+    return Finding("cores", "ok", f"{len(os.sched_getaffinity(0))} of {os.cpu_count()} usable")
+
+
+def numa(directory: Path = Path("/sys/devices/system/node"), allowed: frozenset[int] | None = None) -> Finding:
+    """NUMA nodes, and whether memory can be placed on them: asks for one page on the first."""
+    from sidepool.sidecar.numa import usable_nodes
+
+    nodes = usable_nodes(directory, allowed)
+    if not nodes:
+        return Finding("NUMA", "ok", f"no nodes in {directory}; nothing is placed")
+    found = "; ".join(f"node {node.number}: {len(node.cpus)} usable cores" for node in nodes)
+    refusal = _refused_placement(nodes[0].number)
+    if refusal and len(nodes) > 1:
+        todo = "the kernel or a seccomp profile forbids mbind (Docker: --cap-add SYS_NICE); rows then lie where the kernel likes"
+        return Finding("NUMA", "limited", f"{found}; placement refused: {refusal}", todo)
+    return Finding("NUMA", "ok", found)
+
+
+def _refused_placement(node: int) -> str:
+    """Why rows cannot be put on `node`; empty where they can."""
+    import numpy as np
+
+    from sidepool import _native
+
+    tables = _native.TableSet(1, 1, 0)
+    tables.set_memory("transparent", [node])
+    tables.add_table_array(0, np.zeros((1, 1), np.float32), "error", 0)
+    return os.strerror(tables.placement_error) if tables.placement_error else ""
 
 
 def shared_memory(mount: Path = Path("/dev/shm")) -> Finding:
@@ -219,7 +255,9 @@ CHECKS: tuple[Callable[[], Finding], ...] = (
     rdma,
     torch,
     triton,
+    lookahead,
     cores,
+    numa,
     shared_memory,
 )
 

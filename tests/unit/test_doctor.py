@@ -12,7 +12,7 @@ from sidepool import doctor
 from sidepool.__main__ import main
 
 EVERYTHING = {"SIMD", "huge pages", "hugetlbfs", "memlock", "lane shm", "lane tcp", "lane grpc", "RDMA", "torch", "Triton"}
-EVERYTHING |= {"cores", "/dev/shm"}
+EVERYTHING |= {"lookahead", "cores", "NUMA", "/dev/shm"}
 
 
 def test_every_finding_is_reported_as_json_with_advice_where_it_is_not_ok(capsys: pytest.CaptureFixture[str]) -> None:
@@ -44,8 +44,8 @@ def test_a_kernel_without_huge_pages_is_said_to_have_none(tmp_path: Path) -> Non
 
 def test_reserved_pages_are_counted(tmp_path: Path) -> None:
     meminfo = tmp_path / "meminfo"
-    meminfo.write_text("MemTotal: 1 kB\nHugePages_Total:      12\nHugepagesize:       2048 kB\n")
-    assert "12 pages of 2048 kB" in doctor.reserved_huge_pages(meminfo).found
+    meminfo.write_text("MemTotal: 1 kB\nHugePages_Total:      12\nHugePages_Free: 3\nHugepagesize:       2048 kB\n")
+    assert "12 pages of 2048 kB reserved, 3 free" in doctor.reserved_huge_pages(meminfo).found
 
 
 @pytest.mark.parametrize(("limit", "state"), [(resource.RLIM_INFINITY, "ok"), (8 << 20, "limited")])
@@ -61,10 +61,13 @@ def test_rdma_is_absent_without_a_device_and_never_called_usable_in_this_version
     assert (found.state, "mlx5_0" in found.found, "not installed" in found.found) == ("limited", True, True)
 
 
-def test_several_numa_nodes_come_with_advice(tmp_path: Path) -> None:
-    for name in ("node0", "node1"):
-        (tmp_path / name).mkdir()
-    assert "numactl" in doctor.cores(tmp_path).todo
+def test_numa_nodes_are_shown_with_their_usable_cores(tmp_path: Path) -> None:
+    for number, cpus in enumerate(("0-3", "4-7")):
+        (tmp_path / f"node{number}").mkdir()
+        (tmp_path / f"node{number}" / "cpulist").write_text(f"{cpus}\n")
+    (tmp_path / "has_memory").write_text("0-1\n")
+    assert doctor.numa(tmp_path, frozenset({0, 4, 5})).found.startswith("node 0: 1 usable cores; node 1: 2 usable cores")
+    assert doctor.numa(tmp_path / "none").found.startswith("no nodes")
 
 
 def test_a_missing_shared_memory_mount_is_absent(tmp_path: Path) -> None:
