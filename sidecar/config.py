@@ -133,7 +133,7 @@ class Pool(_Documented):
     """How rows are gathered."""
 
     lookahead_bytes: LookaheadBytes = "auto"
-    """Bytes of rows between the start of a row's fetch and its use, kept within 4 to 64 rows. auto: measured at start for every
+    """Bytes of rows between the start of a row's fetch and its use, kept within 4 to 128 rows. auto: measured at start for every
     row size, within 0.1 s, where the tables have 64 MiB or more, else 12 KiB. A matter of speed alone; a number repeats a run."""
 
 
