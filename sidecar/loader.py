@@ -96,15 +96,15 @@ def load(
             logs.info("verifying shards", done_bytes=done, total_bytes=total, bytes_per_s=speed, eta_s=eta_s)
 
     tables = load_tables(plan, config.name, Path(config.shards), verify=config.verify, progress=progress, cancelled=cancelled)
-    _place(tables, config)
+    place_copies(tables, config)
     _choose_lookahead(tables, plan, config)
     seconds = round(time.monotonic() - began, 3)
     logs.info("shards loaded", plan_epoch=plan.epoch, bytes=tables.bytes, verified=config.verify, seconds=seconds)
     return Published(plan, tables)
 
 
-def _place(tables: _native.TableSet, config: SidecarConfig) -> None:
-    """Say where copies go; reserved huge pages are taken now, while their lack can still be refused."""
+def place_copies(tables: _native.TableSet, config: SidecarConfig) -> None:
+    """Say where `promote` puts copies; reserved huge pages are taken now, while their lack can still be refused (`ConfigError`)."""
     memory = config.memory
     tables.set_memory(memory.huge_pages, list(place(memory.numa, usable_nodes()).nodes))
     if memory.huge_pages == "hugetlb":

@@ -10,6 +10,7 @@ import socket
 import stat
 import subprocess
 import sys
+import time
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from sidecar_process import PATIENCE_S, ready, started
 from small_artifact import SmallArtifact, write_small_artifact
 
 from sidepool import _native
+from sidepool.sidecar.numa import usable_nodes
 from sidepool.wire import control_pb2
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
@@ -65,6 +67,7 @@ def test_a_sidecar_becomes_healthy_and_describes_what_it_holds(artifact: SmallAr
             ("users", 50, 8, "fp32", 1600),
             ("items", 30, 4, "fp16", 240),
         ]
+        assert all(4 <= t.rows_ahead <= 128 for t in described.tables)
         assert list(described.lanes) == ["grpc", "shm", "tcp"]
         assert line["pid"] == sidecar.process.pid
 
@@ -361,6 +364,27 @@ def test_a_reload_applies_the_log_level_and_says_what_needs_a_restart(artifact: 
         sidecar.send(signal.SIGTERM)
         assert sidecar.wait() == 0
         assert not any('"lane admitted"' in line for line in sidecar.stderr)
+
+
+def test_engines_and_rows_go_on_the_node_and_the_lookahead_is_what_the_configuration_says(artifact: SmallArtifact) -> None:
+    nodes = usable_nodes()
+    if not nodes:
+        pytest.skip("needs a kernel that tells of NUMA nodes")
+    node = nodes[-1]
+    artifact.write_config(memory={"numa": node.number, "huge_pages": "off"}, pool={"lookahead_bytes": 64}, engines=2)
+    with ready(artifact.config) as (sidecar, _):
+        described = sidecar.control.Describe(control_pb2.DescribeRequest(), timeout=PATIENCE_S)
+        assert {t.rows_ahead for t in described.tables} == {4}
+        placed = f"prefer:{node.number} "
+        policies = Path(f"/proc/{sidecar.process.pid}/numa_maps")
+        deadline = time.monotonic() + PATIENCE_S
+        # Rows are copied while serving.
+        while placed not in policies.read_text() and not any("NUMA nodes" in line for line in sidecar.stderr):
+            assert time.monotonic() < deadline
+    artifact.write_config(memory={"numa": 1023})
+    with started(artifact.config) as sidecar:
+        assert sidecar.wait() == 2
+        assert "memory.numa: found 1023; allowed: 'auto', 'off' or a node" in sidecar.stderr[-1]
 
 
 def test_the_control_plane_checks_certificates_both_ways(artifact: SmallArtifact) -> None:

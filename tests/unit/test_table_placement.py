@@ -12,7 +12,11 @@ import pytest
 from numpy.typing import NDArray
 
 from sidepool import _native
+from sidepool.sidecar.config import SidecarConfig
+from sidepool.sidecar.loader import place_copies
 from sidepool.sidecar.numa import usable_nodes
+from sidepool.wire.config import decode
+from sidepool.wire.errors import ConfigError
 
 HUGE_PAGE = 2 << 20
 POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
@@ -91,6 +95,13 @@ def test_too_few_reserved_pages_are_refused_with_what_to_do(tmp_path: Path) -> N
             f"as root: sysctl vm.nr_hugepages={total + 3}"
         )
         assert_holds(tables, rows)
+
+
+def test_a_sidecar_without_enough_reserved_pages_says_which_setting_wants_them(tmp_path: Path) -> None:
+    memory = {"huge_pages": "hugetlb", "numa": "off"}
+    config = decode({"name": "sc0", "plan": "-", "shards": "-", "memory": memory}, SidecarConfig, where="test")
+    with free_huge_pages(0), pytest.raises(ConfigError, match=r"^memory\.huge_pages: hugetlb: needed .* sysctl vm\.nr_hugepages="):
+        place_copies(mapped_table(tmp_path / "rows", some_rows()), config)
 
 
 def test_small_pages_are_had_by_asking_for_them(tmp_path: Path) -> None:
