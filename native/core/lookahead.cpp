@@ -127,7 +127,9 @@ int32_t row_lines(const std::byte* base, int64_t row_bytes) {
 }
 
 int32_t rows_ahead(int64_t row_lines, int64_t bytes) {
-  return int32_t(std::clamp(bytes / (row_lines * kernels::kLineBytes), kMinRowsAhead, kMaxRowsAhead));
+  // A table that was never added has rows of no bytes.
+  const int64_t line_bytes = std::max<int64_t>(row_lines, 1) * kernels::kLineBytes;
+  return int32_t(std::clamp(bytes / line_bytes, kMinRowsAhead, kMaxRowsAhead));
 }
 
 void measure_lookahead(std::vector<RowKind>& kinds, uint64_t budget_ns) {
