@@ -123,13 +123,12 @@ class Race {
 int32_t row_lines(const std::byte* base, int64_t row_bytes) {
   const int64_t step = std::gcd(row_bytes, kernels::kLineBytes);
   const int64_t last_begin = kernels::kLineBytes - step + int64_t(reinterpret_cast<uintptr_t>(base) % uintptr_t(step));
-  return int32_t(std::min((last_begin + row_bytes + kernels::kLineBytes - 1) / kernels::kLineBytes, kMaxLinesPerRow));
+  const int64_t lines = (last_begin + row_bytes + kernels::kLineBytes - 1) / kernels::kLineBytes;
+  return int32_t(std::clamp(lines, int64_t(1), kMaxLinesPerRow));
 }
 
 int32_t rows_ahead(int64_t row_lines, int64_t bytes) {
-  // A table that was never added has rows of no bytes.
-  const int64_t line_bytes = std::max<int64_t>(row_lines, 1) * kernels::kLineBytes;
-  return int32_t(std::clamp(bytes / line_bytes, kMinRowsAhead, kMaxRowsAhead));
+  return int32_t(std::clamp(bytes / (row_lines * kernels::kLineBytes), kMinRowsAhead, kMaxRowsAhead));
 }
 
 void measure_lookahead(std::vector<RowKind>& kinds, uint64_t budget_ns) {
