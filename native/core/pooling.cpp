@@ -112,7 +112,8 @@ const std::byte* kernels::stand_in_row(PoolTask& task, int64_t id) {
   return nullptr;
 }
 
-PoolTask pool_task(const Table& table, Pooling pooling, const BagInput& input, float* out, int64_t out_stride) {
+PoolTask pool_task(const Table& table, Pooling pooling, const BagInput& input, void* out, int64_t out_stride,
+                   OutputFormat output) {
   PoolTask task{};
   task.base = table.base.load(std::memory_order_acquire);
   task.rows = table.rows;
@@ -123,8 +124,8 @@ PoolTask pool_task(const Table& table, Pooling pooling, const BagInput& input, f
   task.value_count = input.value_count;
   task.lengths = input.lengths;
   task.weights = input.weights;
-  task.out = out;
-  task.out_stride = out_stride;
+  task.out = static_cast<std::byte*>(out);
+  task.out_stride_bytes = out_stride * int64_t(value_bytes(output));
   task.fixed_length = input.fixed_length;
   task.batch = input.batch;
   task.row_lines = row_lines(task.base, task.row_bytes);
@@ -132,6 +133,7 @@ PoolTask pool_task(const Table& table, Pooling pooling, const BagInput& input, f
   task.format = table.format;
   task.policy = table.policy;
   task.pooling = pooling;
+  task.output = output;
   return task;
 }
 
@@ -153,9 +155,9 @@ Fault pool(PoolTask& task, Lookahead& ahead, PoolCounts& counts) {
   return fault;
 }
 
-Fault pool_feature(const Table& table, Pooling pooling, const BagInput& input, float* out, int64_t out_stride,
-                   PoolCounts& counts) {
-  PoolTask task = pool_task(table, pooling, input, out, out_stride);
+Fault pool_feature(const Table& table, Pooling pooling, const BagInput& input, void* out, int64_t out_stride,
+                   PoolCounts& counts, OutputFormat output) {
+  PoolTask task = pool_task(table, pooling, input, out, out_stride, output);
   Lookahead ahead(&task, 1);
   return pool(task, ahead, counts);
 }

@@ -100,7 +100,7 @@ std::vector<std::byte> some_request(const Routes& routes, bool jagged) {
   std::vector<Fault> faults;
   routed.admit(routes, &part, 1, faults);
   CHECK(faults[0].status == Status::ok);
-  routed.plan({SlotBudget{1 << 20, 1 << 20}}, faults);
+  routed.plan({SlotBudget{1 << 20, 1 << 20}}, OutputFormat::fp32, faults);
   CHECK(routed.chunk_count() == 1);
   std::vector<uint64_t> counts;
   const RoutedLookup::Size size = routed.measure(0, 0, counts);
