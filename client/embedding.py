@@ -214,7 +214,7 @@ class EmbeddingClient:
         parts: Sequence[Part],
         out: NDArray[Any] | None = None,
         *,
-        output_dtype: OutputDtype = "fp32",
+        output_dtype: OutputDtype | None = None,
         deadline_ms: float = DEFAULT_DEADLINE_MS,
         priority: int = 0,
         traceparent: str | None = None,
@@ -222,16 +222,16 @@ class EmbeddingClient:
         """Look many requests up in one native call; one bad part does not fail the others.
 
         parts: see `sidepool.client.arguments.Part`; contiguous arrays of exactly these dtypes, nothing is converted.
-        out: `[ΣB, Σ dim]`, rows of any stride, whose dtype says what the results are; default: a new array of `output_dtype`.
+        out: `[ΣB, Σ dim]`, rows of any stride; default: a new array. output_dtype: as in `lookup`.
 
         Raises `Overloaded`, `DeadlineExceeded`, `TransportError` for the whole, and `LookupRejected` for arrays of wrong type.
         """
         budget_ns = arguments.deadline_ns(deadline_ms)
         features = len(self.plan.features)
         try:
-            if out is None:
+            if out is None or output_dtype is not None:
                 batch = sum(p[0].shape[0] if p[1] is None else p[1].size // features for p in parts)
-                out = arguments.output(None, batch, self.plan.out_dim, output_dtype)
+                out = arguments.output(out, batch, self.plan.out_dim, output_dtype)
             sequences = self._new_sequences(parts, out.dtype) if self._sequence_features else ()
             verdicts = self._verdicts(len(parts))
             raw_timings = np.empty((1 + len(self._peers), 6), np.int64)

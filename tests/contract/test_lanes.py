@@ -63,6 +63,8 @@ def test_16_bit_results_are_the_fp32_ones_rounded_and_half_the_bytes(
     assert into.out.base is wide
     assert np.array_equal(into.out.view(np.uint16), found.out.view(np.uint16))
     assert (wide[:, [0, -1]] == 7).all()
+    with pytest.raises(LookupRejected, match=rf"out: found float32 .*\(output_dtype {dtype}\)"):
+        client.lookup_parts([bags.part], wanted.out, output_dtype=dtype)
     for few, many in zip(found.timings.sidecars, wanted.timings.sidecars, strict=True):
         headers_and_padding = 128 + 64 * len(world.plan.features)
         assert few.response_bytes <= many.response_bytes / 2 + headers_and_padding

@@ -90,6 +90,9 @@ def test_a_request_for_16_bit_results_is_answered_in_blocks_of_half_the_bytes() 
         frame = bytearray(read("request_bf16"))
         frame[98] = output_format
         answers[output_format] = server.serve(bytes(frame))[128:]
+        prepared = _native.PreparedFrames(tables, [bytes(frame)])
+        assert prepared.serve(0, 1) == 0
+        assert prepared.payload() == answers[output_format]
     server.close()
     sums = np.frombuffer(answers[0], np.float32)[:48]
     assert [len(answers[f]) for f in (0, 1, 2)] == [192, 128, 128]  # 2 bags of 24 values: 192 and 96 bytes, padded to 64
