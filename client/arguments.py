@@ -7,16 +7,26 @@ native core, which reads them anyway.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sidepool.wire.errors import DeadlineExceeded, LookupRejected
+from sidepool.wire.model import OutputDtype
 
-Part = tuple[NDArray[np.int64], NDArray[np.int32] | None, NDArray[np.float32] | None]
+Ids = NDArray[np.int64] | NDArray[np.int32]
+"""Row ids. int32 ones are widened where they are written into a frame."""
+Part = tuple[Ids, NDArray[np.int32] | None, NDArray[np.float32] | None]
 """One request: jagged `(values [nnz], lengths [features * batch] feature-major, weights [nnz] or None)`, or fixed-width
 `(ids [batch, width], None, None)`."""
+
+# NumPy has no bfloat16: its bits, which `tensor.view(torch.uint16)` and `.view(torch.bfloat16)` turn into one another.
+OUTPUT_DTYPES: dict[OutputDtype, np.dtype[Any]] = {
+    "fp32": np.dtype(np.float32),
+    "fp16": np.dtype(np.float16),
+    "bf16": np.dtype(np.uint16),
+}
 
 # An hour is far beyond any lookup and keeps the budget well within 64 bits of nanoseconds.
 MAX_DEADLINE_MS = 3_600_000.0
@@ -41,13 +51,13 @@ def priority_level(priority: int) -> int:
     return priority
 
 
-def id_values(values: Any, name: str = "values") -> NDArray[np.int64]:
-    """Row ids `[nnz]` as contiguous int64; int32 is widened, anything else refused."""
+def id_values(values: Any, name: str = "values") -> Ids:
+    """Row ids `[nnz]`, contiguous; anything but int64 and int32 is refused."""
     return _ids(values, name, 1, "[nnz]")
 
 
-def id_matrix(ids: Any, name: str = "ids") -> NDArray[np.int64]:
-    """A fixed-width id matrix `[batch, width]` as contiguous int64; int32 is widened, anything else refused."""
+def id_matrix(ids: Any, name: str = "ids") -> Ids:
+    """A fixed-width id matrix `[batch, width]`, contiguous; anything but int64 and int32 is refused."""
     return _ids(ids, name, 2, "[batch, width]")
 
 
@@ -74,13 +84,17 @@ def bag_weights(weights: Any, name: str = "weights") -> NDArray[np.float32] | No
     return np.ascontiguousarray(array)
 
 
-def output(out: Any, batch: int, dim: int) -> NDArray[np.float32]:
-    """The caller's output `[batch, Σ dim]`, or a new one."""
+def output(out: Any, batch: int, dim: int, dtype: OutputDtype | None = None) -> NDArray[Any]:
+    """The caller's output `[batch, Σ dim]`, or a new one (fp32 where `dtype` does not say)."""
+    if dtype is not None and dtype not in OUTPUT_DTYPES:
+        raise LookupRejected(f"output_dtype: found {dtype!r}; allowed: {', '.join(OUTPUT_DTYPES)}")
     if out is None:
-        return np.empty((batch, dim), np.float32)
-    if not isinstance(out, np.ndarray) or out.dtype != np.float32 or out.shape != (batch, dim):
-        raise LookupRejected(f"out: found {_found(out)}; allowed: float32 [{batch}, {dim}]")
-    if not out.flags.writeable or (dim and batch and out.strides[1] != 4):
+        return np.empty((batch, dim), OUTPUT_DTYPES[dtype or "fp32"])
+    wanted = list(OUTPUT_DTYPES.values()) if dtype is None else [OUTPUT_DTYPES[dtype]]
+    if not isinstance(out, np.ndarray) or out.dtype not in wanted or out.shape != (batch, dim):
+        allowed = " or ".join(map(str, wanted)) + (f" (output_dtype {dtype})" if dtype else "")
+        raise LookupRejected(f"out: found {_found(out)}; allowed: {allowed} [{batch}, {dim}]")
+    if not out.flags.writeable or (dim and batch and out.strides[1] != out.itemsize):
         raise LookupRejected("out: found read-only memory or rows that are not contiguous; allowed: writeable, contiguous rows")
     return out
 
@@ -92,25 +106,25 @@ def explain_parts(parts: Any, features: int, fault: Exception) -> LookupRejected
             return LookupRejected(f"parts[{i}]: found {_found(part)}; allowed: a tuple (values, lengths, weights)")
         values, lengths, weights = part
         allowed_dims = 2 if lengths is None else 1
-        for name, array, dtype, dims in (
-            ("values", values, np.int64, allowed_dims),
-            ("lengths", lengths, np.int32, 1),
-            ("weights", weights, np.float32, 1),
+        for name, array, dtypes, dims in (
+            ("values", values, ("int64", "int32"), allowed_dims),
+            ("lengths", lengths, ("int32",), 1),
+            ("weights", weights, ("float32",), 1),
         ):
             if array is None and name != "values":
                 continue
-            if not isinstance(array, np.ndarray) or array.dtype != dtype or array.ndim != dims or not array.flags.c_contiguous:
-                allowed = f"contiguous {np.dtype(dtype).name} with {dims} dimension{'s' if dims > 1 else ''}"
+            if not isinstance(array, np.ndarray) or array.dtype not in dtypes or array.ndim != dims or not array.flags.c_contiguous:
+                allowed = f"contiguous {' or '.join(dtypes)} with {dims} dimension{'s' if dims > 1 else ''}"
                 return LookupRejected(f"parts[{i}].{name}: found {_found(array)}; allowed: {allowed}")
     return LookupRejected(f"parts: {fault} ({features} features)")
 
 
-def _ids(values: Any, name: str, dims: int, shape: str) -> NDArray[np.int64]:
+def _ids(values: Any, name: str, dims: int, shape: str) -> Ids:
     array = _array(values, np.int64)
     if array.ndim != dims:
         raise LookupRejected(f"{name}: found {_found(array)}; allowed: int64 or int32 {shape}")
     _require_integers(array, name)
-    return np.ascontiguousarray(array, dtype=np.int64)
+    return cast(Ids, np.ascontiguousarray(array))
 
 
 def _require_integers(array: NDArray[Any], name: str) -> None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from sidepool.client.program import Program, load_program
@@ -58,6 +57,9 @@ class DenseGraph:
             raise ConfigError(f"device: found {device!r}, but torch sees no CUDA device; allowed: cpu")
         if threads is not None:
             torch.set_num_threads(threads)
+        self.output_dtype = model.dense.pooled_dtype
+        """What a lookup's results must be."""
+        self._dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[self.output_dtype]
         self._inputs = model.dense.inputs
         sources = {f.feature: f.source for f in model.features}
         self._bag_ids = [_bag_ids(sources[name], name) for name in model.dense.sequences]
@@ -65,20 +67,30 @@ class DenseGraph:
         self._cuda = _CudaRunner(self._program, self.device, max_captured_batch) if self.device.type == "cuda" else None
 
     def host_buffer(self, rows: int, columns: int) -> Tensor:
-        """A float32 `[rows, columns]` host tensor for the lookup to write into; pinned where a GPU follows."""
-        return self._torch.empty((rows, columns), dtype=self._torch.float32, pin_memory=self._cuda is not None)
+        """A `[rows, columns]` host tensor of what the program takes, for the lookup to write into; pinned where a GPU follows."""
+        return self._torch.empty((rows, columns), dtype=self._dtype, pin_memory=self._cuda is not None)
 
-    def run(self, pooled: Tensor, sequences: Sequence[NDArray[np.float32]], inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    def as_array(self, rows: Tensor) -> NDArray[Any]:
+        """A host tensor of what the program takes as a lookup's `out`, in the same memory."""
+        array: NDArray[Any] = (rows.view(self._torch.uint16) if self.output_dtype == "bf16" else rows).numpy()
+        return array
+
+    def as_tensor(self, rows: NDArray[Any]) -> Tensor:
+        """A lookup's results as what the program takes, in the same memory."""
+        return self._torch.from_numpy(rows).view(self._dtype)
+
+    def run(self, pooled: Tensor, sequences: Sequence[NDArray[Any]], inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """The model's outputs, on the host and owned by the caller.
 
-        pooled: float32 `[batch, Σ dim]`. sequences: per feature of `DenseProgram.sequences`, `[batch * ids per bag, dim]`,
-        as a lookup gives them. inputs: the model's inputs by name. All on the host; they may be reused once this returns.
+        pooled: `[batch, Σ dim]` of the program's `pooled_dtype`. sequences: per feature of `DenseProgram.sequences`,
+        `[batch * ids per bag, dim]`, as a lookup gives them. inputs: the model's
+        inputs by name. All on the host; they may be reused once this returns.
         Raises `LookupRejected` for an input that is missing or does not fit the graph.
         """
         torch, batch = self._torch, pooled.shape[0]
         tensors = [pooled]
         for rows, bag_ids in zip(sequences, self._bag_ids, strict=True):
-            tensors.append(torch.from_numpy(rows.reshape(batch, bag_ids, rows.shape[1])))
+            tensors.append(self.as_tensor(rows.reshape(batch, bag_ids, rows.shape[1])))
         for name in self._inputs:
             if name not in inputs:
                 raise LookupRejected(f"{name}: missing; found the inputs {sorted(inputs)}")

@@ -19,6 +19,7 @@ from sidepool.client.lanes import Lane, LaneOptions, Lanes, TlsFiles
 from sidepool.client.timings import Timings, read_timings
 from sidepool.client.trace import parse_traceparent
 from sidepool.wire.errors import LookupRejected, SidepoolError, Status, error_for
+from sidepool.wire.model import OutputDtype
 from sidepool.wire.plan import OnMissingShard, Plan, Pooling, load_plan, validate_plan
 
 # Long enough for any healthy lookup (tens of milliseconds), short enough that a caller who gave no budget is not stuck.
@@ -45,10 +46,11 @@ _FAULTS = {
 class Pooled:
     """What a lookup gives back. The arrays belong to the caller."""
 
-    out: NDArray[np.float32]
-    """`[batch, Σ dim]`, the pooled features in plan order (`Plan.out_columns` says where each lies)."""
-    sequences: dict[str, NDArray[np.float32]]
-    """Per feature with pooling `none`: its rows `[ids of the feature, dim]`, bag after bag."""
+    out: NDArray[Any]
+    """`[batch, Σ dim]`, the pooled features in plan order (`Plan.out_columns` says where each lies); float32, or what the
+    lookup asked for: float16, or bfloat16 as its bits, uint16."""
+    sequences: dict[str, NDArray[Any]]
+    """Per feature with pooling `none`: its rows `[ids of the feature, dim]`, bag after bag, of the same dtype."""
     degraded: tuple[str, ...]
     """Features whose sidecar did not answer and that are zero, under `on_missing_shard: degrade`."""
 
@@ -57,9 +59,9 @@ class Pooled:
 class PartsResult:
     """What `lookup_parts` gives back. The arrays belong to the caller."""
 
-    out: NDArray[np.float32]
-    """`[ΣB, Σ dim]`: the samples of all parts one after another; those of a refused part are zero."""
-    sequences: tuple[NDArray[np.float32], ...]
+    out: NDArray[Any]
+    """`[ΣB, Σ dim]`: the samples of all parts one after another; those of a refused part are zero. Dtype as in `Pooled`."""
+    sequences: tuple[NDArray[Any], ...]
     """Per feature with pooling `none`, in feature order: `[ids of the feature in all parts, dim]`, refused parts' rows zero."""
     errors: Sequence[SidepoolError | None]
     """Per part: why it was refused, or None."""
@@ -170,18 +172,21 @@ class EmbeddingClient:
         values: Any,
         lengths: Any,
         weights: Any = None,
-        out: NDArray[np.float32] | None = None,
+        out: NDArray[Any] | None = None,
         *,
+        output_dtype: OutputDtype | None = None,
         deadline_ms: float = DEFAULT_DEADLINE_MS,
         priority: int = 0,
         traceparent: str | None = None,
     ) -> Pooled:
         """Look up bags in TorchRec's jagged layout.
 
-        values: row ids, int64 (or int32) `[nnz]`, feature after feature, bag after bag.
+        values: row ids, int64 or int32 `[nnz]`, feature after feature, bag after bag.
         lengths: ids per bag, int32 (or int64), `[features, batch]` or the same flat.
         weights: float32 `[nnz]`; required when a feature of the plan is weighted.
-        out: float32 `[batch, Σ dim]` with contiguous rows to write into (pinned memory, say); default: a new array.
+        out: `[batch, Σ dim]` with contiguous rows to write into (pinned memory, say); default: a new array.
+        output_dtype: `fp32`, `fp16` or `bf16`; default: what `out` is (float32, float16, or uint16: bfloat16's bits), else
+          fp32. The results travel as they are asked for, so the 16-bit ones take half the bytes.
         deadline_ms: budget; what cannot be done within it fails with `DeadlineExceeded`. priority: breaks ties between deadlines.
         traceparent: W3C trace context passed on to the sidecars; a malformed one is ignored.
 
@@ -189,25 +194,27 @@ class EmbeddingClient:
         """
         ids = arguments.id_values(values)
         part = (ids, arguments.bag_lengths(lengths, len(self.plan.features)), arguments.bag_weights(weights))
-        return self._pooled(part, out, deadline_ms, priority, traceparent)
+        return self._pooled(part, out, output_dtype, deadline_ms, priority, traceparent)
 
     def lookup_fixed(
         self,
         ids: Any,
-        out: NDArray[np.float32] | None = None,
+        out: NDArray[Any] | None = None,
         *,
+        output_dtype: OutputDtype | None = None,
         deadline_ms: float = DEFAULT_DEADLINE_MS,
         priority: int = 0,
         traceparent: str | None = None,
     ) -> Pooled:
-        """Look up an id matrix, int64 (or int32) `[batch, width]`; else as `lookup`. `connect` says which columns are whose."""
-        return self._pooled((arguments.id_matrix(ids), None, None), out, deadline_ms, priority, traceparent)
+        """Look up an id matrix, int64 or int32 `[batch, width]`; else as `lookup`. `connect` says which columns are whose."""
+        return self._pooled((arguments.id_matrix(ids), None, None), out, output_dtype, deadline_ms, priority, traceparent)
 
     def lookup_parts(
         self,
         parts: Sequence[Part],
-        out: NDArray[np.float32] | None = None,
+        out: NDArray[Any] | None = None,
         *,
+        output_dtype: OutputDtype | None = None,
         deadline_ms: float = DEFAULT_DEADLINE_MS,
         priority: int = 0,
         traceparent: str | None = None,
@@ -215,17 +222,17 @@ class EmbeddingClient:
         """Look many requests up in one native call; one bad part does not fail the others.
 
         parts: see `sidepool.client.arguments.Part`; contiguous arrays of exactly these dtypes, nothing is converted.
-        out: float32 `[ΣB, Σ dim]`, rows of any stride; default: a new array.
+        out: `[ΣB, Σ dim]`, rows of any stride; default: a new array. output_dtype: as in `lookup`.
 
         Raises `Overloaded`, `DeadlineExceeded`, `TransportError` for the whole, and `LookupRejected` for arrays of wrong type.
         """
         budget_ns = arguments.deadline_ns(deadline_ms)
         features = len(self.plan.features)
         try:
-            if out is None:
+            if out is None or output_dtype is not None:
                 batch = sum(p[0].shape[0] if p[1] is None else p[1].size // features for p in parts)
-                out = np.empty((batch, self.plan.out_dim), np.float32)
-            sequences = self._new_sequences(parts) if self._sequence_features else ()
+                out = arguments.output(out, batch, self.plan.out_dim, output_dtype)
+            sequences = self._new_sequences(parts, out.dtype) if self._sequence_features else ()
             verdicts = self._verdicts(len(parts))
             raw_timings = np.empty((1 + len(self._peers), 6), np.int64)
             status, peer = self._native.lookup(
@@ -257,11 +264,19 @@ class EmbeddingClient:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def _pooled(self, part: Part, out: Any, deadline_ms: float, priority: int, traceparent: str | None) -> Pooled:
+    def _pooled(
+        self,
+        part: Part,
+        out: Any,
+        output_dtype: OutputDtype | None,
+        deadline_ms: float,
+        priority: int,
+        traceparent: str | None,
+    ) -> Pooled:
         batch = part[0].shape[0] if part[1] is None else part[1].size // len(self.plan.features)
         result = self.lookup_parts(
             [part],
-            arguments.output(out, batch, self.plan.out_dim),
+            arguments.output(out, batch, self.plan.out_dim, output_dtype),
             deadline_ms=deadline_ms,
             priority=arguments.priority_level(priority),
             traceparent=traceparent,
@@ -277,10 +292,10 @@ class EmbeddingClient:
             verdicts = self._buffers.verdicts = np.zeros((2 * count, 5), np.int64)
         return verdicts[:count]
 
-    def _new_sequences(self, parts: Sequence[Part]) -> tuple[NDArray[np.float32], ...]:
+    def _new_sequences(self, parts: Sequence[Part], dtype: np.dtype[Any]) -> tuple[NDArray[Any], ...]:
         """One array per `none` feature, as long as its ids in all parts."""
         return tuple(
-            np.empty((sum(self._ids_of(i, part) for part in parts), self.plan.feature_tables[i].dim), np.float32)
+            np.empty((sum(self._ids_of(i, part) for part in parts), self.plan.feature_tables[i].dim), dtype)
             for i in self._sequence_features
         )
 
@@ -295,8 +310,8 @@ class EmbeddingClient:
         return min(int(np.maximum(lengths, 0).sum(dtype=np.int64)), values.size)
 
     def _spread(
-        self, feature: int, rows: NDArray[np.float32], parts: Sequence[Part], errors: Sequence[SidepoolError | None]
-    ) -> NDArray[np.float32]:
+        self, feature: int, rows: NDArray[Any], parts: Sequence[Part], errors: Sequence[SidepoolError | None]
+    ) -> NDArray[Any]:
         """`rows` with zeros where refused parts would be: the core leaves these out, callers count on every part's place."""
         spread = np.zeros_like(rows)
         read = write = 0

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sidepool.client.arguments import Part
+from sidepool.client.arguments import Ids, Part
 from sidepool.client.program import Program, load_program
 from sidepool.wire.errors import LookupRejected
 from sidepool.wire.model import FeatureSource, FixedSource, IndexProgram, JaggedSource, ModelSpec
@@ -41,7 +41,7 @@ class FeatureRouter:
     def route(self, inputs: Mapping[str, NDArray[Any]]) -> Part:
         """One part for the lookup, from the model's inputs by name.
 
-        An int64 id matrix that is the only source is passed on as it is, without a copy: it must outlive the lookup.
+        An id matrix that is the only source is passed on as it is, without a copy: it must outlive the lookup.
         Raises `LookupRejected` naming an input that is missing, of a wrong dtype or shape, or disagrees with another.
         """
         sources: Mapping[str, NDArray[Any]] = inputs
@@ -87,9 +87,9 @@ class FeatureRouter:
                 weights.append(np.ones(count, np.float32))
                 continue
             given = _input(sources, source.weights)
-            if given.dtype != np.float32 or given.shape != (count,):
+            if given.dtype not in (np.float32, np.float16) or given.shape != (count,):  # torch wants the table's own dtype
                 raise LookupRejected(f"{source.weights}: found {given.dtype} {list(given.shape)}; allowed: float32 [{count}]")
-            weights.append(given)
+            weights.append(given.astype(np.float32, copy=False))
         return np.concatenate(weights)
 
 
@@ -104,14 +104,14 @@ def _input(inputs: Mapping[str, NDArray[Any]], name: str) -> NDArray[Any]:
     return inputs[name]
 
 
-def _integers(inputs: Mapping[str, NDArray[Any]], name: str) -> NDArray[np.int64]:
+def _integers(inputs: Mapping[str, NDArray[Any]], name: str) -> Ids:
     found = _input(inputs, name)
     if found.dtype not in (np.int64, np.int32):
         raise LookupRejected(f"{name}: found {found.dtype} {list(found.shape)}; allowed: int64 or int32")
-    return np.ascontiguousarray(found, dtype=np.int64)
+    return cast(Ids, np.ascontiguousarray(found))
 
 
-def _id_matrix(inputs: Mapping[str, NDArray[Any]], name: str, width: int) -> NDArray[np.int64]:
+def _id_matrix(inputs: Mapping[str, NDArray[Any]], name: str, width: int) -> Ids:
     """`[batch, at least width]`; further dimensions are laid out row by row, `[batch]` is one column."""
     ids = _integers(inputs, name)
     columns = int(np.prod(ids.shape[1:], dtype=np.int64))
@@ -120,12 +120,12 @@ def _id_matrix(inputs: Mapping[str, NDArray[Any]], name: str, width: int) -> NDA
     return ids.reshape(ids.shape[0], columns)
 
 
-def _fixed_bags(inputs: Mapping[str, NDArray[Any]], source: FixedSource) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+def _fixed_bags(inputs: Mapping[str, NDArray[Any]], source: FixedSource) -> tuple[Ids, NDArray[np.int32]]:
     ids = _id_matrix(inputs, source.input, source.end)[:, source.begin : source.end]
     return ids.reshape(-1), np.full(ids.shape[0], source.end - source.begin, np.int32)
 
 
-def _jagged_bags(inputs: Mapping[str, NDArray[Any]], source: JaggedSource) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+def _jagged_bags(inputs: Mapping[str, NDArray[Any]], source: JaggedSource) -> tuple[Ids, NDArray[np.int32]]:
     values, offsets = _integers(inputs, source.values), _integers(inputs, source.offsets)
     for name, array in ((source.values, values), (source.offsets, offsets)):
         if array.ndim != 1:

@@ -50,7 +50,6 @@ class Pipeline:
     def __call__(self, *inputs: Any, deadline_ms: float = DEFAULT_DEADLINE_MS, **named_inputs: Any) -> Tensor | tuple[Tensor, ...]:
         """The model's outputs: a tensor, or a tuple of several. Inputs as the original model takes them, tensors nested
         in lists, tuples or dicts included. Raises `LookupRejected` and whatever a lookup raises."""
-        import torch
         from torch.utils import _pytree
 
         leaves, _ = _pytree.tree_flatten((inputs, named_inputs))
@@ -58,10 +57,10 @@ class Pipeline:
             raise LookupRejected(f"inputs: found {len(leaves)} tensors; allowed: {', '.join(t.name for t in self.model.inputs)}")
         tensors = {spec.name: _checked(leaf, spec) for leaf, spec in zip(leaves, self.model.inputs, strict=True)}
         part = self._router.route({name: t.numpy() for name, t in tensors.items()})
-        result = self._client.lookup_parts([part], deadline_ms=deadline_ms)
+        result = self._client.lookup_parts([part], output_dtype=self._dense.output_dtype, deadline_ms=deadline_ms)
         if result.errors[0] is not None:
             raise result.errors[0]
-        outputs = self._dense.run(torch.from_numpy(result.out), result.sequences, tensors)
+        outputs = self._dense.run(self._dense.as_tensor(result.out), result.sequences, tensors)
         return outputs[0] if len(outputs) == 1 else outputs
 
     def close(self) -> None:

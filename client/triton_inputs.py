@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sidepool.client.arguments import bag_lengths, bag_weights, id_values
+from sidepool.client.arguments import Ids, bag_lengths, bag_weights, id_values
 from sidepool.wire.errors import ConfigError, LookupRejected
 
 LENGTHS, VALUES, WEIGHTS = ".lengths", ".values", ".weights"
@@ -84,7 +84,7 @@ class ModelInputs:
         return ", ".join([*plain, *(f"{group} (values, lengths)" for group in groups)])
 
     def _tensor(self, spec: InputSpec, value: Any) -> NDArray[Any]:
-        if spec.datatype == "INT64" and len(spec.dims) == 1 and not self.jagged and _is_per_feature(value):
+        if spec.datatype in ("INT64", "INT32") and len(spec.dims) == 1 and not self.jagged and _is_per_feature(value):
             return self._columns(spec, value)
         dtype = np.dtype(_DTYPES.get(spec.datatype, np.object_))
         array = value if isinstance(value, np.ndarray) else np.asarray(value)
@@ -104,13 +104,13 @@ class ModelInputs:
                 raise LookupRejected(f"{spec.name}: found {least} to {most}; allowed: what fits {dtype}")
         return np.ascontiguousarray(array, dtype=dtype)
 
-    def _columns(self, spec: InputSpec, value: Any) -> NDArray[np.int64]:
+    def _columns(self, spec: InputSpec, value: Any) -> NDArray[Any]:
         """An id matrix from one array per column."""
         columns = [id_values(column, f"{spec.name}[{name}]") for name, column in self._per_feature(spec.name, value, spec.dims[0])]
         sizes = {column.size for column in columns}
         if len(sizes) > 1:
             raise LookupRejected(f"{spec.name}: found columns of {sorted(sizes)} samples; allowed: the same number in all")
-        return np.stack(columns, axis=1)
+        return self._tensor(spec, np.stack(columns, axis=1))
 
     def _bags(self, group: str, spec: InputSpec, value: Any) -> dict[str, NDArray[Any]]:
         """`x.values`, `x.lengths` and, where the model takes them, `x.weights`."""
@@ -131,7 +131,8 @@ class ModelInputs:
                 raise LookupRejected(f"{group}: found features with {sorted(sizes)} samples; allowed: the same number in all")
             values = np.concatenate([ids for ids, _ in bags])
             lengths = np.concatenate([count for _, count in bags])
-        tensors: dict[str, NDArray[Any]] = {group + VALUES: values, group + LENGTHS: lengths.reshape(features, -1)}
+        declared = next((s for s in self.inputs if s.name == group + VALUES), InputSpec(group + VALUES, "INT64", (-1,)))
+        tensors = {declared.name: self._tensor(declared, values), group + LENGTHS: lengths.reshape(features, -1)}
         takes_weights = any(s.name == group + WEIGHTS for s in self.inputs)
         if takes_weights and weights is None:
             raise LookupRejected(f"{group}{WEIGHTS}: missing; allowed: ({group}{VALUES}, {group}{LENGTHS}, one float32 per value)")
@@ -212,11 +213,11 @@ def _is_per_feature(value: Any) -> bool:
     return arrays or isinstance(value, Mapping)
 
 
-def _bags_of(name: str, column: Any) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+def _bags_of(name: str, column: Any) -> tuple[Ids, NDArray[np.int32]]:
     """Ids and lengths of one feature: a list of id arrays, or an array with one id per sample."""
     if isinstance(column, np.ndarray):
         ids = id_values(column, name)
         return ids, np.ones(ids.size, np.int32)
     bags = [id_values(bag, f"{name}[{i}]") for i, bag in enumerate(column)]
     values = np.concatenate(bags) if bags else np.zeros(0, np.int64)
-    return values, np.array([bag.size for bag in bags], np.int32)
+    return cast(Ids, values), np.array([bag.size for bag in bags], np.int32)

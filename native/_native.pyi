@@ -81,8 +81,11 @@ class TableSet:
         """Row bytes that lie in anonymous (huge-page advised) memory."""
 
 def pool(tables: TableSet, feature: int, values: NDArray[np.int64], lengths: NDArray[np.int32],
-         weights: NDArray[np.float32] | None, out: NDArray[np.float32]) -> tuple[int, int, int, int]:
-    """Pool one feature into `out` (`[batch, dim]`; `[nnz, dim]` for `none`): `(status, reason, bag, id)`, zeros when OK."""
+         weights: NDArray[np.float32] | None, out: NDArray[Any]) -> tuple[int, int, int, int]:
+    """Pool one feature into `out` (`[batch, dim]`; `[nnz, dim]` for `none`): `(status, reason, bag, id)`, zeros when OK.
+
+    out: float32, float16, or uint16 for bf16.
+    """
 
 class PreparedFrames:
     """Request frames answered over and over, with no lane around them: what `sidepool bench pool` measures.
@@ -159,9 +162,9 @@ class LookupClient:
         """Wait until a lane dies; returns a sidecar without a live lane, -1 after the timeout, -2 once closed."""
     def lookup(
         self,
-        parts: Sequence[tuple[NDArray[np.int64], NDArray[np.int32] | None, NDArray[np.float32] | None]],
-        out: NDArray[np.float32],
-        sequences: Sequence[NDArray[np.float32]],
+        parts: Sequence[tuple[NDArray[np.int64] | NDArray[np.int32], NDArray[np.int32] | None, NDArray[np.float32] | None]],
+        out: NDArray[Any],
+        sequences: Sequence[NDArray[Any]],
         deadline_ns: int,
         priority: int,
         trace: bytes,
@@ -171,9 +174,10 @@ class LookupClient:
         """Look all parts up in one go; blocks until done, refused or past the budget. GIL released throughout.
 
         parts: jagged `(values [nnz], lengths [F*B] feature-major, weights [nnz] or None)`, or fixed-width
-          `(ids [B, W], None, None)`. The samples of all parts follow one another in the output.
-        out: `[ΣB, Σ dim]` of the pooled features, row-contiguous with any row stride; written in place.
-        sequences: one `[Σ nnz_f, dim]` array per `none` feature, in feature order.
+          `(ids [B, W], None, None)`. Ids are int64 or int32. The samples of all parts follow one another in the output.
+        out: `[ΣB, Σ dim]` of the pooled features, row-contiguous with any row stride; written in place. Its dtype says what
+          the results are: float32, float16, or uint16 for bf16.
+        sequences: one `[Σ nnz_f, dim]` array of the dtype of `out` per `none` feature, in feature order.
         deadline_ns: remaining budget in nanoseconds (relative), > 0. trace: 26 raw bytes of a W3C traceparent
           (version 1, trace id 16, span id 8, flags 1), or empty.
         verdicts: `[len(parts), 5]` written: status, reason (see `reason_text`), feature, bag, offending value.

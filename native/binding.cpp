@@ -26,7 +26,8 @@ using Array = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 template <class T>
 using AnyArray = nb::ndarray<const T, nb::c_contig, nb::device::cpu>;
 using RowArray = nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-using Rows = nb::ndarray<float, nb::ndim<2>, nb::device::cpu>;
+// Results: float32, float16, or bf16 as uint16, its bits (NumPy has no bfloat16).
+using Rows = nb::ndarray<nb::ndim<2>, nb::device::cpu>;
 using Numbers = nb::ndarray<int64_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
 struct PyTables {
@@ -201,20 +202,35 @@ T exact(nb::handle item, const char* wanted) {
   return array;
 }
 
+void set_values(Part& part, const void* ids, nb::dlpack::dtype type) {
+  part.values = ids;
+  part.int32_values = type == nb::dtype<int32_t>();
+  if (!part.int32_values && type != nb::dtype<int64_t>()) throw nb::type_error("ids: wants int64 or int32");
+}
+
+// The output format that an array's own type says.
+OutputFormat output_format(const Rows& rows) {
+  const auto type = rows.dtype();
+  if (type == nb::dtype<float>()) return OutputFormat::fp32;
+  if (type == nb::dtype<uint16_t>()) return OutputFormat::bf16;
+  if (type.code == uint8_t(nb::dlpack::dtype_code::Float) && type.bits == 16) return OutputFormat::fp16;
+  throw nb::type_error("out: wants float32, float16, or uint16 for bf16");
+}
+
 void add_part(nb::handle item, std::vector<Part>& parts) {
   const nb::tuple t = nb::cast<nb::tuple>(item);
   if (t.size() != 3) throw nb::type_error("a part is (values, lengths, weights)");
   Part part;
   if (t[1].is_none()) {
-    const auto ids = exact<nb::ndarray<const int64_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>>(t[0], "ids: wants contiguous int64 [batch, width]");
-    part.values = ids.data();
+    const auto ids = exact<nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>>(t[0], "ids: wants contiguous int64 or int32 [batch, width]");
+    set_values(part, ids.data(), ids.dtype());
     part.fixed_batch = int64_t(ids.shape(0));
     part.fixed_width = int64_t(ids.shape(1));
     part.value_count = part.fixed_batch * part.fixed_width;
   } else {
-    const auto values = exact<Array<int64_t>>(t[0], "values: wants contiguous int64 [nnz]");
+    const auto values = exact<nb::ndarray<nb::ro, nb::ndim<1>, nb::c_contig, nb::device::cpu>>(t[0], "values: wants contiguous int64 or int32 [nnz]");
     const auto lengths = exact<AnyArray<int32_t>>(t[1], "lengths: wants contiguous int32");
-    part.values = values.data();
+    set_values(part, values.data(), values.dtype());
     part.value_count = int64_t(values.shape(0));
     // An empty array may have no address; a part is jagged because it has lengths, however few.
     static const int32_t nothing = 0;
@@ -237,12 +253,13 @@ void check_outputs(const LookupClient& client, const std::vector<Part>& parts, c
   for (const Part& p : parts) samples += p.lengths == nullptr ? p.fixed_batch : p.length_count / features;
   for (const RoutedFeature& f : routes.features) width += f.pooling == Pooling::none ? 0 : f.dim;
   if (int64_t(out.shape(0)) < samples || int64_t(out.shape(1)) != width || (width > 1 && samples > 0 && out.stride(1) != 1))
-    throw nb::value_error("out: wants [samples of all parts, sum of dims] float32 with contiguous rows");
+    throw nb::value_error("out: wants [samples of all parts, sum of dims] with contiguous rows");
   size_t at = 0;
   for (size_t f = 0; f < routes.features.size(); ++f) {
     if (routes.features[f].pooling != Pooling::none) continue;
     if (at >= sequences.size()) throw nb::value_error("sequences: one array per `none` feature is required");
     const Rows& rows = sequences[at++];
+    if (rows.dtype() != out.dtype()) throw nb::type_error("sequences: wants the dtype of out");
     int64_t needed = 0;
     for (const Part& p : parts) {
       if (p.lengths == nullptr) {
@@ -256,7 +273,7 @@ void check_outputs(const LookupClient& client, const std::vector<Part>& parts, c
     }
     if (int64_t(rows.shape(1)) != routes.features[f].dim || int64_t(rows.shape(0)) < needed ||
         (rows.shape(0) > 1 && rows.stride(0) != routes.features[f].dim))
-      throw nb::value_error("sequences: wants contiguous [values of the feature, dim] float32");
+      throw nb::value_error("sequences: wants contiguous [values of the feature, dim]");
   }
 }
 
@@ -266,26 +283,26 @@ nb::tuple lookup(LookupClient& client, nb::sequence part_list, Rows out, nb::seq
   parts.clear();
   for (nb::handle item : part_list) add_part(item, parts);
   std::vector<Rows> sequences;
-  for (nb::handle item : sequence_list) sequences.push_back(exact<Rows>(item, "sequences: wants float32 [ids, dim]"));
+  for (nb::handle item : sequence_list) sequences.push_back(exact<Rows>(item, "sequences: wants writeable [ids, dim]"));
   check_outputs(client, parts, out, sequences);
   if (deadline_ns <= 0) throw nb::value_error("deadline_ns: must be positive");
   if (trace.size() != 0 && trace.size() != sizeof RequestHeader::trace) throw nb::value_error("trace: 26 bytes or none");
   if (verdicts.shape(0) < parts.size() || verdicts.shape(1) != 5) throw nb::value_error("verdicts: wants [parts, 5] int64");
   if (timings.shape(0) < 1 + client.sidecar_count() || timings.shape(1) != 6) throw nb::value_error("timings: wants [1 + sidecars, 6] int64");
 
-  float* sequence_data[64];
-  std::vector<float*> many;
-  float** sequence_rows = sequence_data;
+  std::byte* sequence_data[64];
+  std::vector<std::byte*> many;
+  std::byte** sequence_rows = sequence_data;
   if (sequences.size() > 64) {
     many.resize(sequences.size());
     sequence_rows = many.data();
   }
-  for (size_t i = 0; i < sequences.size(); ++i) sequence_rows[i] = sequences[i].data();
+  for (size_t i = 0; i < sequences.size(); ++i) sequence_rows[i] = static_cast<std::byte*>(sequences[i].data());
 
   LookupCall call;
   call.parts = parts.data();
   call.part_count = parts.size();
-  call.out = {out.data(), out.shape(0) > 1 ? out.stride(0) : int64_t(out.shape(1)), sequence_rows};
+  call.out = {static_cast<std::byte*>(out.data()), out.shape(0) > 1 ? out.stride(0) : int64_t(out.shape(1)), sequence_rows, output_format(out)};
   call.budget_ns = uint64_t(deadline_ns);
   call.priority = priority;
   call.trace = trace.size() != 0 ? reinterpret_cast<const uint8_t*>(trace.data()) : nullptr;
@@ -309,6 +326,10 @@ nb::tuple lookup(LookupClient& client, nb::sequence part_list, Rows out, nb::seq
   return nb::make_tuple(int(result.status), result.sidecar);
 }
 
+const char* output_name(OutputFormat output) {
+  return output == OutputFormat::fp32 ? "fp32" : output == OutputFormat::fp16 ? "fp16" : "bf16";
+}
+
 nb::dict inspect_frame(nb::bytes bytes) {
   const size_t n = bytes.size();
   nb::dict d;
@@ -327,6 +348,7 @@ nb::dict inspect_frame(nb::bytes bytes) {
     d["epoch"] = r.header.epoch;
     d["budget_ns"] = r.header.budget_ns;
     d["batch"] = r.header.batch;
+    d["output_format"] = output_name(r.header.output_format);
     d["trace"] = nb::bytes(reinterpret_cast<const char*>(r.header.trace), sizeof r.header.trace);
     nb::list features;
     const int32_t* lengths = r.lengths;
@@ -402,11 +424,12 @@ nb::tuple pool_one(const PyTables& tables, int32_t feature, Array<int64_t> value
   input.weights = weights ? weights->data() : nullptr;
   PoolCounts counts;
   Fault fault;
-  float* to = out.data();
+  void* to = out.data();
+  const OutputFormat output = output_format(out);
   const int64_t stride = rows > 1 ? out.stride(0) : table.dim;
   {
     nb::gil_scoped_release release;
-    fault = pool_feature(table, pooling, input, to, stride, counts);
+    fault = pool_feature(table, pooling, input, to, stride, counts, output);
   }
   return nb::make_tuple(int(fault.status), int(fault.reason), fault.bag, fault.value);
 }

@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--instance-kind", choices=("cpu", "gpu"), default="cpu", help="where the dense program runs (default: cpu)"
     )
     parser.add_argument(
-        "--row-format", choices=tuple(map(str, RowFormat)), default="fp32", help="how rows are stored (default: fp32)"
+        "--row-format", choices=tuple(map(str, RowFormat)), help="how rows are stored (default: as the model has them)"
     )
     parser.add_argument(
         "--epoch",

@@ -22,12 +22,17 @@ from sidepool.partition.sources import (
     probe_inputs,
 )
 from sidepool.wire.errors import CutError
+from sidepool.wire.model import OutputDtype
 from sidepool.wire.plan import Pooling
 
 aten = torch.ops.aten
 _BAGS = {aten.embedding_bag, aten._embedding_bag, aten._embedding_bag_forward_only}
 _BAG_POOLING = (Pooling.SUM, Pooling.MEAN, Pooling.MAX)  # torch's numbers for the modes
 _BAG_DEFAULTS = {"offsets": None, "mode": 0, "per_sample_weights": None, "include_last_offset": False, "padding_idx": None}
+
+
+# What a model's rows may be. Lookups give the same dtype, as the model's own operators do.
+ROW_DTYPES: dict[torch.dtype, OutputDtype] = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 @dataclass(frozen=True)
@@ -231,13 +236,15 @@ def _jagged(captured: Captured, node: fx.Node, values: fx.Node, offsets: fx.Node
 
 
 def _check_tables(captured: Captured, lookups: Sequence[Lookup], operators: frozenset[fx.Node]) -> None:
-    """A table that leaves must be a float32 matrix that nothing else reads."""
+    """A table that leaves must be a matrix of floats that nothing else reads; all of one dtype, as `pooled` is one matrix."""
+    dtype = lookups[0].weight.dtype
     moved = {lookup.weight.data_ptr() for lookup in lookups}
     for weight, (name, value) in captured.states.items():
         if value.data_ptr() not in moved or value.dim() != 2:
             continue
-        if value.dtype is not torch.float32:
-            raise CutError(f"table {name}: found {value.dtype}; allowed: float32 rows\nremedy: partition model.float()")
+        if value.dtype not in ROW_DTYPES or value.dtype is not dtype:
+            allowed = "float32, float16 or bfloat16 rows" if value.dtype not in ROW_DTYPES else f"{dtype}, as the first table is"
+            raise CutError(f"table {name}: found {value.dtype}; allowed: {allowed}\nremedy: partition model.float()")
         for user in weight.users:
             if user not in operators:
                 raise CutError(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sidepool.partition.artifact import check_out_dir, write_artifact
 from sidepool.partition.capture import Captured, capture, source_line
-from sidepool.partition.lookups import Jagged, Lookup, feature_names, find_lookups
+from sidepool.partition.lookups import ROW_DTYPES, Jagged, Lookup, feature_names, find_lookups
 from sidepool.partition.planning import make_plan
 from sidepool.partition.programs import Cut, cut_programs, program_bytes
 from sidepool.partition.report import PartitionReport
@@ -22,7 +22,7 @@ from sidepool.partition.triton_config import TritonOptions
 from sidepool.partition.verify import verify_cut
 from sidepool.wire.config import decode
 from sidepool.wire.errors import PlanError
-from sidepool.wire.model import DenseProgram, FeatureSource, FixedSource, IndexProgram, JaggedSource, ModelSpec
+from sidepool.wire.model import DenseProgram, FeatureSource, FixedSource, IndexProgram, JaggedSource, ModelSpec, OutputDtype
 from sidepool.wire.plan import Feature, Plan, Pooling, RowFormat, Table
 
 DENSE_FILE, INDEX_FILE = "dense.pt2", "index.pt2"
@@ -39,7 +39,7 @@ def partition_model(
     name: str,
     sidecars: int = 2,
     addresses: Sequence[str] | None = None,
-    row_format: RowFormat | str = RowFormat.FP32,
+    row_format: RowFormat | str | None = None,
     epoch: int = 1,
     triton: TritonOptions | None = None,
 ) -> PartitionReport:
@@ -47,6 +47,7 @@ def partition_model(
 
     example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments, batch at least 2. The model is taken in
     eval mode and left as it was; its tables are written straight from its own memory.
+    row_format: how rows are stored; default: as the model has them (float32, float16 or bfloat16).
     addresses: `host:port` of every sidecar's control plane; default: 127.0.0.1, ports from 50151.
     epoch: of the plan; give a higher one when an artifact replaces another that is being served.
     Raises `CutError` (model, inputs, output directory) and `PlanError` (names, sidecars, addresses).
@@ -54,15 +55,16 @@ def partition_model(
     out = Path(out_dir)
     if not _MODEL_NAME.fullmatch(name):
         raise PlanError(f"name: found {name!r}; allowed: letters, digits, '_', '.', '-', not beginning with '.' or '-'")
-    rows_as = _row_format(row_format)
+    stored_as = None if row_format is None else _row_format(row_format)
     check_out_dir(out)
     captured = capture(model, example_inputs)
     cut = cut_programs(captured, find_lookups(captured))
+    own_dtype = ROW_DTYPES[cut.lookups[0].weight.dtype]
     error = verify_cut(captured, cut)
     names = feature_names(cut.lookups)
     ids = {feature: _ids_per_bag(captured, lookup) for feature, lookup in zip(names, cut.lookups, strict=True)}
-    plan = _plan(name, cut, names, ids, sidecars, addresses, rows_as, epoch)
-    spec = _spec(name, captured, cut, names)
+    plan = _plan(name, cut, names, ids, sidecars, addresses, stored_as or RowFormat(own_dtype), epoch)
+    spec = _spec(name, captured, cut, names, own_dtype)
     programs = {DENSE_FILE: program_bytes(cut.dense)}
     if cut.index is not None:
         programs[INDEX_FILE] = program_bytes(cut.index)
@@ -107,7 +109,7 @@ def _plan(
     return make_plan(name, sized, looked_up, loads, sidecars=sidecars, addresses=addresses, epoch=epoch)
 
 
-def _spec(name: str, captured: Captured, cut: Cut, names: Sequence[str]) -> ModelSpec:
+def _spec(name: str, captured: Captured, cut: Cut, names: Sequence[str], pooled_dtype: OutputDtype) -> ModelSpec:
     inputs = captured.input_specs()
     index_names = {root: f"ids.{root.name}" for root in cut.index_roots}
     features = []
@@ -133,7 +135,8 @@ def _spec(name: str, captured: Captured, cut: Cut, names: Sequence[str]) -> Mode
             outputs=tuple(index_names[r] for r in cut.index_roots),
         )
     sequences = tuple(f for f, x in zip(names, cut.lookups, strict=True) if x.pooling is Pooling.NONE)
-    dense = DenseProgram(file=DENSE_FILE, sequences=sequences, inputs=tuple(str(n.target) for n in cut.dense_inputs))
+    inputs_of_dense = tuple(str(n.target) for n in cut.dense_inputs)
+    dense = DenseProgram(file=DENSE_FILE, sequences=sequences, inputs=inputs_of_dense, pooled_dtype=pooled_dtype)
     return ModelSpec(name=name, inputs=inputs, features=tuple(features), index=index, dense=dense, outputs=captured.output_specs())
 
 

@@ -179,7 +179,8 @@ def _dense_program(captured: Captured, lookups: Sequence[Lookup]) -> tuple[Expor
         copier.copies[node] = pieces.join(node, copier.copies) or pieces.move(node, copier.copies) or copier.copy(node)
     _reuse_buffers(copier.graph)
     batch = captured.expected[0].shape[0]
-    examples = [torch.zeros(batch, sum(pooled_dims)), *(torch.zeros(batch, _bag_ids(x), x.dim) for x in sequences)]
+    shapes = [(batch, sum(pooled_dims)), *((batch, _bag_ids(x), x.dim) for x in sequences)]
+    examples = [torch.zeros(shape, dtype=lookups[0].weight.dtype) for shape in shapes]
     examples += [e for n, e in zip(captured.inputs, captured.examples, strict=True) if n in inputs]
     return copier.export([copier.copies[n] for n in captured.outputs], examples), inputs
 

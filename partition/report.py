@@ -16,7 +16,8 @@ from sidepool.wire.plan import Plan, Pooling
 
 # The two batch sizes of a latency question: one sample, and a typical ranking request.
 REPORTED_BATCHES = (1, 128)
-ID_BYTES, LENGTH_BYTES, WEIGHT_BYTES, VALUE_BYTES = 8, 4, 4, 4
+ID_BYTES, LENGTH_BYTES, WEIGHT_BYTES = 8, 4, 4
+VALUE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,8 @@ class PartitionReport:
             "what runs where",
             f"  sidecars      lookups and pooling over {_size(sum(t.bytes for t in self.plan.tables))} of rows",
             f"  ranker, CPU   {_index_line(self.model)}",
-            f"  ranker, dense dense.pt2 ({_size(self.dense_bytes)}) over pooled [batch, {self.plan.out_dim}]"
+            f"  ranker, dense dense.pt2 ({_size(self.dense_bytes)}) over pooled [batch, {self.plan.out_dim}] "
+            + self.model.dense.pooled_dtype
             + "".join(f", {name}" for name in (*self.model.dense.sequences, *self.model.dense.inputs)),
             *(f"  kept in dense {line}" for line in self.kept),
             "",
@@ -107,7 +109,7 @@ class PartitionReport:
             ids = batch * self.ids_per_bag[feature.name]
             fixed = isinstance(source.source, FixedSource)
             request += ids * (ID_BYTES + (WEIGHT_BYTES if feature.weighted else 0)) + (0 if fixed else batch * LENGTH_BYTES)
-            response += (ids if feature.pooling is Pooling.NONE else batch) * table.dim * VALUE_BYTES
+            response += (ids if feature.pooling is Pooling.NONE else batch) * table.dim * VALUE_BYTES[self.model.dense.pooled_dtype]
         return round(request), round(response)
 
     def _table(self, index: int) -> dict[str, Any]:

@@ -31,13 +31,18 @@ def encode(rows: Tensor, row_format: RowFormat) -> Tensor:
 def decode(stored: Tensor, row_format: RowFormat, dim: int) -> Tensor:
     """Stored rows as float32 `[n, dim]`."""
     if row_format is RowFormat.INT8:
-        codes, tail = stored[:, :dim], stored[:, dim:].contiguous().view(torch.float32)
+        codes, tail = stored[:, :dim], _aligned(stored[:, dim:]).view(torch.float32)
     elif row_format is RowFormat.INT4:
-        pairs, tail = stored[:, :-4], stored[:, -4:].contiguous().view(torch.float16).float()
+        pairs, tail = stored[:, :-4], _aligned(stored[:, -4:]).view(torch.float16).float()
         codes = torch.stack((pairs & 15, pairs >> 4), dim=2).flatten(1)[:, :dim]
     else:
         return stored.float()
     return codes.float() * tail[:, :1] + tail[:, 1:]
+
+
+def _aligned(columns: Tensor) -> Tensor:
+    """A copy at the start of memory of its own: a single row counts as contiguous wherever it lies."""
+    return columns.clone(memory_format=torch.contiguous_format)
 
 
 @dataclass(frozen=True)

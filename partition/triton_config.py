@@ -81,7 +81,8 @@ def triton_inputs(model: ModelSpec) -> tuple[TensorSpec, ...]:
     """The inputs that callers send to Triton, batch (or ids) first.
 
     Fixed-width: the model's own. Jagged: its (values, offsets) pairs become `sparse.lengths` `[F, -1]` and `sparse.values`
-    `[-1]`, F jagged features in plan order; `sparse.weights` `[-1]`, one per value, where any of them is weighted.
+    `[-1]` (int32 where all of the model's are), F jagged features in plan order; `sparse.weights` `[-1]`, one per value, where
+    any of them is weighted.
     """
     sources = [f.source for f in model.features if isinstance(f.source, JaggedSource)]
     if not sources:
@@ -91,9 +92,11 @@ def triton_inputs(model: ModelSpec) -> tuple[TensorSpec, ...]:
     for tensor in kept:
         if tensor.name in (LENGTHS, VALUES, WEIGHTS):
             raise CutError(f"input {tensor.name!r}: this name is taken by the jagged layout; allowed: any other name")
+    dtypes = {t.name: t.dtype for t in model.inputs}
+    narrow = all(dtypes[s.values] == "int32" for s in sources)
     pooled = [
         TensorSpec(name=LENGTHS, dtype="int32", shape=(len(sources), -1)),
-        TensorSpec(name=VALUES, dtype="int64", shape=(-1,)),
+        TensorSpec(name=VALUES, dtype="int32" if narrow else "int64", shape=(-1,)),
     ]
     if any(s.weights for s in sources):
         pooled.append(TensorSpec(name=WEIGHTS, dtype="float32", shape=(-1,)))

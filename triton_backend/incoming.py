@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sidepool.client.arguments import MAX_DEADLINE_MS, Part
+from sidepool.client.arguments import MAX_DEADLINE_MS, Ids, Part
 from sidepool.client.index_program import FeatureRouter
 from sidepool.wire.errors import DeadlineExceeded, LookupRejected
 from sidepool.wire.model import FixedSource, JaggedSource, ModelSpec
@@ -40,7 +40,7 @@ class Reader:
 
     Fixed: every input is `[samples, …]` and Triton batches samples. Jagged: Triton batches requests, so each input is
     `[1, …]`, and the ids of the jagged features, in plan order, come as `sparse.lengths [1, features, samples]`,
-    `sparse.values [1, nnz]` (feature-major) and, where a feature is weighted, `sparse.weights [1, nnz]`.
+    `sparse.values [1, nnz]` (int64 or int32, feature-major) and, where a feature is weighted, `sparse.weights [1, nnz]`.
     """
 
     def __init__(self, model: ModelSpec, router: FeatureRouter, default_deadline_ms: float) -> None:
@@ -85,21 +85,21 @@ class Reader:
             raise LookupRejected(f"{name}: found {array.dtype} {list(array.shape)}; allowed: {dtype} [{allowed}]")
         return array
 
-    def _ids(self, given: dict[str, Any]) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.float32] | None]:
+    def _ids(self, given: dict[str, Any]) -> tuple[NDArray[np.int32], Ids, NDArray[np.float32] | None]:
         """Shapes only: what lengths and ids say is checked by the native core, which reads them anyway."""
         features = len(self._sources)
         lengths, values = _numpy(LENGTHS, given, True), _numpy(VALUES, given, True)
         if lengths.dtype != np.int32 or not _fits(lengths.shape, (features, -1)):
             raise LookupRejected(f"{LENGTHS}: found {lengths.dtype} {list(lengths.shape)}; allowed: int32 [{features}, samples]")
-        if values.dtype != np.int64 or values.ndim != 1:
-            raise LookupRejected(f"{VALUES}: found {values.dtype} {list(values.shape)}; allowed: int64 [nnz]")
+        if values.dtype not in (np.int64, np.int32) or values.ndim != 1:
+            raise LookupRejected(f"{VALUES}: found {values.dtype} {list(values.shape)}; allowed: int64 or int32 [nnz]")
         weights = _numpy(WEIGHTS, given, True) if self._weighted else None
         if weights is not None and (weights.dtype != np.float32 or weights.shape != values.shape):
             raise LookupRejected(f"{WEIGHTS}: found {weights.dtype} {list(weights.shape)}; allowed: float32 [{values.size}]")
         return lengths, values, weights
 
     def _split(
-        self, lengths: NDArray[np.int32], values: NDArray[np.int64], weights: NDArray[np.float32] | None
+        self, lengths: NDArray[np.int32], values: Ids, weights: NDArray[np.float32] | None
     ) -> dict[str, NDArray[Any]]:
         """The jagged features as the model's own (values, offsets) inputs, for models that mix them with other sources."""
         ends = np.cumsum(lengths, axis=1, dtype=np.int64)
@@ -153,9 +153,9 @@ def _budget_ns(deadline_ms: Any) -> int:
 
 
 def _only_id_matrix(model: ModelSpec) -> str | None:
-    """The input that is the whole lookup as it stands, an int64 matrix that all ids come from, or None."""
+    """The input that is the whole lookup as it stands, a matrix that all ids come from, or None."""
     names = {f.source.input if isinstance(f.source, FixedSource) else None for f in model.features}
-    found = [t.name for t in model.inputs if names == {t.name} and t.dtype == "int64" and len(t.shape) == 2]
+    found = [t.name for t in model.inputs if names == {t.name} and t.dtype in ("int64", "int32") and len(t.shape) == 2]
     return found[0] if found and model.index is None else None
 
 

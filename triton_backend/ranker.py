@@ -48,7 +48,7 @@ class Ranker:
         # Zeroed, so that no request pays for the first touch of its pages.
         self._pooled = self._dense.host_buffer(FIRST_BUFFER_ROWS, self._width).zero_()
         # One pair of views per batch size seen: making them costs 10 µs, most of what one sample's tensors cost.
-        self._views: dict[int, tuple[Any, NDArray[np.float32]]] = {}
+        self._views: dict[int, tuple[Any, NDArray[Any]]] = {}
         self._client = EmbeddingClient.connect(
             plan,
             lane=parameters.lane,
@@ -167,7 +167,7 @@ class Ranker:
             error=self._pb.TritonError("[CANCELLED] the caller gave up", self._pb.TritonError.CANCELLED)
         )
 
-    def _pooled_rows(self, samples: int) -> tuple[Any, NDArray[np.float32]]:
+    def _pooled_rows(self, samples: int) -> tuple[Any, NDArray[Any]]:
         """The first `samples` rows of the buffer that lookups write into, as tensor and as array; grown by doubling."""
         views = self._views.get(samples)
         if views is None:
@@ -177,7 +177,7 @@ class Ranker:
                 self._pooled = self._dense.host_buffer(1 << (samples - 1).bit_length(), self._width).zero_()
                 self._views.clear()
             rows = self._pooled[:samples]
-            views = self._views[samples] = (rows, rows.numpy())
+            views = self._views[samples] = (rows, self._dense.as_array(rows))
         return views
 
     def _merged_inputs(self, accepted: list[Incoming]) -> dict[str, Any]:

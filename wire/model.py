@@ -19,6 +19,8 @@ PLAN_FILE = "plan.yaml"
 MODEL_FILE = "model.yaml"
 
 TensorName = Annotated[str, Field(min_length=1, max_length=256)]
+OutputDtype = Literal["fp32", "fp16", "bf16"]
+"""What the results of a lookup are. Rows are added in fp32 and rounded once, to nearest even; fp16 ends at 65,504."""
 
 
 class TensorSpec(Frozen):
@@ -68,12 +70,14 @@ class IndexProgram(Frozen):
 
 
 class DenseProgram(Frozen):
-    """The dense half: a `torch.export` program over `(pooled [batch, Σ dim] fp32, *sequences, *inputs)`."""
+    """The dense half: a `torch.export` program over `(pooled [batch, Σ dim], *sequences, *inputs)`."""
 
     file: str
     sequences: tuple[Name, ...] = ()
     """Features with pooling `none`, each given as `[batch, ids per bag, dim]`."""
     inputs: tuple[TensorName, ...]
+    pooled_dtype: OutputDtype = "fp32"
+    """What it takes `pooled` and the sequences as, and so what lookups ask sidecars for."""
 
 
 class ModelSpec(Frozen):

@@ -163,7 +163,7 @@ LookupResult LookupClient::lookup(const LookupCall& call) {
   }
   for (size_t s = 0; s < sidecars; ++s)
     if (scratch.lanes[s]) scratch.budgets[s] = {scratch.lanes[s]->limits().request_bytes, scratch.lanes[s]->payload_capacity()};
-  scratch.routed.plan(scratch.budgets, scratch.faults);
+  scratch.routed.plan(scratch.budgets, call.out.format, scratch.faults);
   scratch.routed.zero_refused(scratch.faults, call.out);
   result.times.chunks = int64_t(scratch.routed.chunk_count());
   result.times.route = int64_t(now_ns() - start);
@@ -227,7 +227,7 @@ Status LookupClient::send_one(Scratch& scratch, InFlight& chunk, int32_t s, cons
   sub.offsets.assign(1, 0);
   for (size_t i = 0; i < mine.size(); ++i) {
     const RoutedFeature& feature = routes_.features[size_t(mine[i])];
-    sub.offsets.push_back(sub.offsets.back() + block_bytes(Feature{0, feature.pooling, false}, feature.dim, batch, sub.counts[i]));
+    sub.offsets.push_back(sub.offsets.back() + block_bytes(feature.pooling, feature.dim, batch, sub.counts[i], call.out.format));
   }
   std::byte* frame = sub.lane->request(uint32_t(slot));
   scratch.routed.encode(chunk.chunk, s, sub.counts, size, frame);
@@ -240,6 +240,7 @@ Status LookupClient::send_one(Scratch& scratch, InFlight& chunk, int32_t s, cons
   header.batch = batch;
   header.feature_count = uint32_t(mine.size());
   header.value_count = size.values;
+  header.output_format = call.out.format;
   if (call.trace != nullptr) std::memcpy(header.trace, call.trace, sizeof header.trace);
   sub.sent_ns = header.sent_ns = now_ns();
   header.budget_ns = deadline > sub.sent_ns ? deadline - sub.sent_ns : 0;

@@ -18,7 +18,7 @@ Status check_request_header(const RequestHeader& header, uint64_t slot_bytes, ui
   const bool valid = header.magic == kMagic && header.version == kWireVersion && header.kind == FrameKind::request &&
                      header.frame_bytes >= sizeof(RequestHeader) && header.frame_bytes <= slot_bytes &&
                      header.frame_bytes % kAlign == 0 && header.slot < slots && header.batch <= kMaxBatch &&
-                     header.feature_count <= kMaxFeatures &&
+                     header.feature_count <= kMaxFeatures && header.output_format <= OutputFormat::bf16 &&
                      header.value_count <= header.frame_bytes / sizeof(int64_t);
   return valid ? Status::ok : Status::frame;
 }

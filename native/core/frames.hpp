@@ -67,7 +67,8 @@ struct RequestHeader {
   uint32_t feature_count = 0;
   uint64_t value_count = 0;
   uint8_t trace[26] = {};
-  uint8_t reserved[30] = {};
+  OutputFormat output_format = OutputFormat::fp32;  // of every block of the response
+  uint8_t reserved[29] = {};
 };
 
 struct FeatureEntry {
@@ -138,9 +139,9 @@ Status parse_request(const std::byte* frame, size_t bytes, ParsedRequest& out);
 // Response header checks on the ranker's side, against what was asked for.
 Status check_response_header(const ResponseHeader& header, uint32_t feature_count);
 
-// Bytes of one feature's block in a response slot: fp32 rows, padded to 64.
-inline size_t block_bytes(const Feature& feature, int32_t dim, uint64_t batch, uint64_t value_count) {
-  return align_up((feature.pooling == Pooling::none ? value_count : batch) * size_t(dim) * sizeof(float));
+// Bytes of one feature's block in a response slot: rows of the output format, padded to 64.
+inline size_t block_bytes(Pooling pooling, int32_t dim, uint64_t batch, uint64_t value_count, OutputFormat output) {
+  return align_up((pooling == Pooling::none ? value_count : batch) * size_t(dim) * value_bytes(output));
 }
 
 // Identifies the clock behind now_ns: equal on two processes of one host.

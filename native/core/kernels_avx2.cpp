@@ -41,8 +41,20 @@ struct Avx2 {
   static inline Float load_nibbles_part(const std::byte* p, int64_t n) {
     return widen_nibbles(part(p, size_t(n + 1) / 2));
   }
-  static inline void store(float* p, Float x) { _mm256_storeu_ps(p, x); }
-  static inline void store_part(float* p, Float x, int64_t n) { _mm256_maskstore_ps(p, lanes(n), x); }
+  static inline void store(std::byte* p, Float x) { _mm256_storeu_ps(reinterpret_cast<float*>(p), x); }
+  static inline void store_part(std::byte* p, Float x, int64_t n) {
+    _mm256_maskstore_ps(reinterpret_cast<float*>(p), lanes(n), x);
+  }
+  static inline void store_half(std::byte* p, Float x) { store_half_part(p, x, width); }
+  static inline void store_half_part(std::byte* p, Float x, int64_t n) {
+    const __m128i halves = _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __builtin_memcpy(p, &halves, size_t(n) * 2);
+  }
+  static inline void store_bfloat(std::byte* p, Float x) { store_bfloat_part(p, x, width); }
+  static inline void store_bfloat_part(std::byte* p, Float x, int64_t n) {
+    const __m128i bfloats = narrow_to_bfloats(x);
+    __builtin_memcpy(p, &bfloats, size_t(n) * 2);
+  }
   static inline Float greater(Float a, Float b) { return _mm256_max_ps(a, b); }
   static inline Float multiply_add(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
 
@@ -51,6 +63,17 @@ struct Avx2 {
     __m128i x = _mm_setzero_si128();
     __builtin_memcpy(&x, p, bytes);
     return x;
+  }
+  static inline __m128i narrow_to_bfloats(Float x) {
+    const __m256i bits = _mm256_castps_si256(x);
+    const __m256i upper = _mm256_srli_epi32(bits, 16);
+    const __m256i odd = _mm256_and_si256(upper, _mm256_set1_epi32(1));
+    const __m256i sum = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+    const __m256i quiet = _mm256_or_si256(upper, _mm256_set1_epi32(0x40));
+    const __m256i words = _mm256_blendv_epi8(_mm256_srli_epi32(sum, 16), quiet, nan);
+    // Packed within each half of the vector: the two quarters that count are brought together.
+    return _mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(words, words), 0x08));
   }
   static inline Float widen_bfloats(__m128i x) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16));

@@ -1,5 +1,5 @@
-// Pooling, once for every SIMD level: a level's file defines `Vector` (loads of every row format, stores, one lane-wise
-// max and fma) and calls pool<Vector>. Everything here has internal linkage, see kernels.hpp.
+// Pooling, once for every SIMD level: a level's file defines `Vector` (loads of every row format, stores of every
+// output format, one lane-wise max and fma) and calls pool<Vector>. Everything here has internal linkage, see kernels.hpp.
 //
 // Ids, lengths and weights may lie in memory that a peer can write at any moment. Each use of a word reads it into a
 // register, checks it there, and uses only the checked register.
@@ -282,12 +282,59 @@ struct Max {
   }
 };
 
+// How results are stored: the only place where they are rounded.
 template <class Vector>
-inline void store_zeros(float* out, int64_t dim) {
+struct ToFp32 {
+  using Float = typename Vector::Float;
+  static constexpr int64_t bytes = 4;
+  static inline void store(std::byte* out, Float x) { Vector::store(out, x); }
+  static inline void store_part(std::byte* out, Float x, int64_t n) { Vector::store_part(out, x, n); }
+};
+
+template <class Vector>
+struct ToFp16 {
+  using Float = typename Vector::Float;
+  static constexpr int64_t bytes = 2;
+  static inline void store(std::byte* out, Float x) { Vector::store_half(out, x); }
+  static inline void store_part(std::byte* out, Float x, int64_t n) { Vector::store_half_part(out, x, n); }
+};
+
+template <class Vector>
+struct ToBf16 {
+  using Float = typename Vector::Float;
+  static constexpr int64_t bytes = 2;
+  static inline void store(std::byte* out, Float x) { Vector::store_bfloat(out, x); }
+  static inline void store_part(std::byte* out, Float x, int64_t n) { Vector::store_bfloat_part(out, x, n); }
+};
+
+// Chosen where a result is stored and not per feature: a branch that is always predicted costs less than three times the
+// code.
+template <class Vector, class Use>
+[[gnu::always_inline]] inline void with_output(OutputFormat output, Use use) {
+  switch (output) {
+    case OutputFormat::fp32:
+      return use(ToFp32<Vector>());
+    case OutputFormat::fp16:
+      return use(ToFp16<Vector>());
+    case OutputFormat::bf16:
+      return use(ToBf16<Vector>());
+  }
+}
+
+// Stores a row of `dim` columns: `whole` and `part` give the vector, or the n columns, from a column on.
+template <class Vector, class Whole, class Part>
+inline void store_row(OutputFormat output, std::byte* out, int64_t dim, Whole whole, Part part) {
+  with_output<Vector>(output, [&](auto as) __attribute__((always_inline)) {
+    int64_t c = 0;
+    for (; c + Vector::width <= dim; c += Vector::width) as.store(out + c * as.bytes, whole(c));
+    if (c < dim) as.store_part(out + c * as.bytes, part(c, dim - c), dim - c);
+  });
+}
+
+template <class Vector>
+inline void store_zeros(OutputFormat output, std::byte* out, int64_t dim) {
   const auto zero = Vector::broadcast(0.0f);
-  int64_t c = 0;
-  for (; c + Vector::width <= dim; c += Vector::width) Vector::store(out + c, zero);
-  if (c < dim) Vector::store_part(out + c, zero, dim - c);
+  store_row<Vector>(output, out, dim, [&](int64_t) { return zero; }, [&](int64_t, int64_t) { return zero; });
 }
 
 inline void refuse(PoolTask& task, Reason reason, int64_t bag, int64_t value) {
@@ -324,12 +371,12 @@ inline const std::byte* next_row(PoolTask& task, RowStream& rows, Bag& bag, int6
   return nullptr;
 }
 
-// Pools bags of any dim: a group of rows at a time over blocks of columns, with the running result in `out`.
+// Pools bags of any dim: a group of rows at a time over blocks of columns, with the running result in memory.
 template <class Vector, class Format, class Combine>
 struct InBlocks {
   static constexpr bool kCopies = false;
   using Float = typename Vector::Float;
-  static constexpr int64_t kGroup = 8;  // rows per pass over `out`: its loads and stores cost 1/8 of the rows' loads
+  static constexpr int64_t kGroup = 8;  // rows per pass over the result: its loads and stores cost 1/8 of the rows' loads
   static constexpr int kBlock = 4;      // vectors per block: four chains hide the latency of an addition
 
   struct Group {
@@ -339,7 +386,10 @@ struct InBlocks {
     bool first;
   };
 
-  static void pool(PoolTask& task, RowStream& rows, Bag& bag, float* out, int64_t& absent) {
+  static void pool(PoolTask& task, RowStream& rows, Bag& bag, std::byte* out, int64_t& absent) {
+    // The running result is fp32: in `out` where that is, else here, and rounded once at the end.
+    alignas(kLineBytes) std::byte wide[kMaxDim * sizeof(float)];
+    std::byte* const sum = task.output == OutputFormat::fp32 ? out : wide;
     int64_t count = 0;
     for (;;) {
       Group group;
@@ -354,32 +404,36 @@ struct InBlocks {
       }
       if (task.reason != Reason::none) return;
       if (group.size == 0) break;
-      add_group(group, out, task.dim);
+      add_group(group, sum, task.dim);
       count += group.size;
     }
-    if (count == 0) store_zeros<Vector>(out, task.dim);
-    if (task.pooling == Pooling::mean && count > 1) divide(out, task.dim, float(count));
+    if (count == 0) return store_zeros<Vector>(task.output, out, task.dim);
+    if (task.pooling == Pooling::mean && count > 1) divide(sum, task.dim, float(count));
+    if (sum == out) return;
+    store_row<Vector>(
+        task.output, out, task.dim, [&](int64_t c) { return Vector::load(sum + c * 4); },
+        [&](int64_t c, int64_t n) { return Vector::load_part(sum + c * 4, n); });
   }
 
-  static void add_group(const Group& group, float* out, int64_t dim) {
+  static void add_group(const Group& group, std::byte* out, int64_t dim) {
     int64_t c = 0;
     for (; c + kBlock * Vector::width <= dim; c += kBlock * Vector::width) add_block<kBlock>(group, out, c);
     for (; c + Vector::width <= dim; c += Vector::width) add_block<1>(group, out, c);
     if (c == dim) return;
     const int64_t n = dim - c;
-    Float sum = group.first ? Combine::start() : Vector::load_part(reinterpret_cast<const std::byte*>(out + c), n);
+    Float sum = group.first ? Combine::start() : Vector::load_part(out + c * 4, n);
     for (int64_t r = 0; r < group.size; ++r) {
       sum = Combine::next(sum, Format::load_part(group.rows[r], c, n), weight(group, r), group.first && r == 0);
     }
-    Vector::store_part(out + c, sum, n);
+    Vector::store_part(out + c * 4, sum, n);
   }
 
   template <int N>
-  static inline void add_block(const Group& group, float* out, int64_t c) {
+  static inline void add_block(const Group& group, std::byte* out, int64_t c) {
     Float sum[N];
     for (int v = 0; v < N; ++v) {
       const int64_t column = c + v * Vector::width;
-      sum[v] = group.first ? Combine::start() : Vector::load(reinterpret_cast<const std::byte*>(out + column));
+      sum[v] = group.first ? Combine::start() : Vector::load(out + column * 4);
     }
     for (int64_t r = 0; r < group.size; ++r) {
       const bool first = group.first && r == 0;
@@ -387,7 +441,7 @@ struct InBlocks {
         sum[v] = Combine::next(sum[v], Format::load(group.rows[r], c + v * Vector::width), weight(group, r), first);
       }
     }
-    for (int v = 0; v < N; ++v) Vector::store(out + c + v * Vector::width, sum[v]);
+    for (int v = 0; v < N; ++v) Vector::store(out + (c + v * Vector::width) * 4, sum[v]);
   }
 
   static inline float weight(const Group& group, int64_t r) {
@@ -395,15 +449,11 @@ struct InBlocks {
     return 1.0f;
   }
 
-  static void divide(float* out, int64_t dim, float count) {
+  static void divide(std::byte* out, int64_t dim, float count) {
     const Float divisor = Vector::broadcast(count);
     int64_t c = 0;
-    for (; c + Vector::width <= dim; c += Vector::width) {
-      Vector::store(out + c, Vector::load(reinterpret_cast<const std::byte*>(out + c)) / divisor);
-    }
-    if (c == dim) return;
-    const Float part = Vector::load_part(reinterpret_cast<const std::byte*>(out + c), dim - c);
-    Vector::store_part(out + c, part / divisor, dim - c);
+    for (; c + Vector::width <= dim; c += Vector::width) Vector::store(out + c * 4, Vector::load(out + c * 4) / divisor);
+    if (c < dim) Vector::store_part(out + c * 4, Vector::load_part(out + c * 4, dim - c) / divisor, dim - c);
   }
 };
 
@@ -417,16 +467,22 @@ struct InRegisters {
   static constexpr bool kCopies = !Combine::weighted;
 
   // Pools the bags of ids `i` to `end`, one each: returns where it stopped, see RowStream::run.
-  static int64_t copy(RowStream& rows, int64_t i, int64_t end, float* out, int64_t stride) {
+  static int64_t copy(const PoolTask& task, RowStream& rows, int64_t i, int64_t end, std::byte* out) {
+    const int64_t stride = task.out_stride_bytes;
+    const OutputFormat output = task.output;
     return rows.template run<kRowBytes>(
-        i, end, [&out, stride](int64_t, const std::byte* row) __attribute__((always_inline)) {
+        i, end, [&out, stride, output](int64_t, const std::byte* row) __attribute__((always_inline)) {
           const auto opened = Format::open(row, kDim);
-          for (int v = 0; v < N; ++v) Vector::store(out + v * Vector::width, Format::load(opened, v * Vector::width));
+          with_output<Vector>(output, [&](auto as) __attribute__((always_inline)) {
+            for (int v = 0; v < N; ++v) {
+              as.store(out + v * Vector::width * as.bytes, Format::load(opened, v * Vector::width));
+            }
+          });
           out += stride;
         });
   }
 
-  static inline void pool(PoolTask& task, RowStream& rows, Bag& bag, float* out, int64_t& absent) {
+  static inline void pool(PoolTask& task, RowStream& rows, Bag& bag, std::byte* out, int64_t& absent) {
     const int64_t begin = bag.next, end = bag.end;
     const float* const weights = task.weights;
     Float sum[N];
@@ -451,7 +507,9 @@ struct InRegisters {
       const Float divisor = Vector::broadcast(float(end - begin));
       for (int v = 0; v < N; ++v) sum[v] = sum[v] / divisor;
     }
-    for (int v = 0; v < N; ++v) Vector::store(out + v * Vector::width, sum[v]);
+    with_output<Vector>(task.output, [&](auto as) __attribute__((always_inline)) {
+      for (int v = 0; v < N; ++v) as.store(out + v * Vector::width * as.bytes, sum[v]);
+    });
   }
 };
 
@@ -460,25 +518,25 @@ template <class Vector, class Format>
 struct Unpooled {
   static constexpr bool kCopies = false;
 
-  static void pool(PoolTask& task, RowStream& rows, Bag& bag, float*, int64_t& absent) {
+  static void pool(PoolTask& task, RowStream& rows, Bag& bag, std::byte*, int64_t& absent) {
     while (bag.next < bag.end) {
-      float* out = task.out + bag.next * task.out_stride;
+      std::byte* out = task.out + bag.next * task.out_stride_bytes;
       Bag one{bag.index, bag.next, bag.next + 1};
       const std::byte* row = next_row(task, rows, one, absent);
       bag.next = one.next;
       if (task.reason != Reason::none) return;
       if (row == nullptr) {
-        store_zeros<Vector>(out, task.dim);
+        store_zeros<Vector>(task.output, out, task.dim);
       } else {
-        copy(Format::open(row, task.dim), out, task.dim);
+        copy(task, Format::open(row, task.dim), out);
       }
     }
   }
 
-  static inline void copy(const typename Format::Row& row, float* out, int64_t dim) {
-    int64_t c = 0;
-    for (; c + Vector::width <= dim; c += Vector::width) Vector::store(out + c, Format::load(row, c));
-    if (c < dim) Vector::store_part(out + c, Format::load_part(row, c, dim - c), dim - c);
+  static inline void copy(const PoolTask& task, const typename Format::Row& row, std::byte* out) {
+    store_row<Vector>(
+        task.output, out, task.dim, [&](int64_t c) { return Format::load(row, c); },
+        [&](int64_t c, int64_t n) { return Format::load_part(row, c, n); });
   }
 };
 
@@ -502,7 +560,7 @@ void pool_bags(PoolTask& task, Lookahead& ahead) {
     if constexpr (Pooler::kCopies) {
       if (const int64_t ones = count_ones(task, b, position); ones > 0) {
         const int64_t stopped =
-            Pooler::copy(rows, position, position + ones, task.out + b * task.out_stride, task.out_stride);
+            Pooler::copy(task, rows, position, position + ones, task.out + b * task.out_stride_bytes);
         b += stopped - position;
         position = stopped;
         if (b == task.batch) break;
@@ -515,7 +573,7 @@ void pool_bags(PoolTask& task, Lookahead& ahead) {
       refuse(task, Reason::lengths_exceed_values, b, task.value_count);
     } else {
       Bag bag{b, position, position + length};
-      Pooler::pool(task, rows, bag, task.out + b * task.out_stride, absent);
+      Pooler::pool(task, rows, bag, task.out + b * task.out_stride_bytes, absent);
       position = bag.next;
     }
   }

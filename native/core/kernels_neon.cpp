@@ -49,12 +49,29 @@ struct Neon {
     __builtin_memcpy(q, p, size_t(n + 1) / 2);
     return Float{float(q[0] & 15), float(q[0] >> 4), float(q[1] & 15), float(q[1] >> 4)};
   }
-  static inline void store(float* p, Float x) { vst1q_f32(p, x); }
-  static inline void store_part(float* p, Float x, int64_t n) { __builtin_memcpy(p, &x, size_t(n) * 4); }
+  static inline void store(std::byte* p, Float x) { __builtin_memcpy(p, &x, sizeof x); }
+  static inline void store_part(std::byte* p, Float x, int64_t n) { __builtin_memcpy(p, &x, size_t(n) * 4); }
+  static inline void store_half(std::byte* p, Float x) { store_half_part(p, x, width); }
+  static inline void store_half_part(std::byte* p, Float x, int64_t n) {
+    const float16x4_t halves = vcvt_f16_f32(x);
+    __builtin_memcpy(p, &halves, size_t(n) * 2);
+  }
+  static inline void store_bfloat(std::byte* p, Float x) { store_bfloat_part(p, x, width); }
+  static inline void store_bfloat_part(std::byte* p, Float x, int64_t n) {
+    const uint16x4_t bfloats = narrow_to_bfloats(x);
+    __builtin_memcpy(p, &bfloats, size_t(n) * 2);
+  }
   static inline Float greater(Float a, Float b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
   static inline Float multiply_add(Float a, Float b, Float c) { return vfmaq_f32(c, a, b); }
 
  private:
+  static inline uint16x4_t narrow_to_bfloats(Float x) {
+    const uint32x4_t bits = vreinterpretq_u32_f32(x);
+    const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+    const uint16x4_t rounded = vshrn_n_u32(vaddq_u32(vaddq_u32(bits, vdupq_n_u32(0x7fff)), odd), 16);
+    const uint16x4_t quiet = vorr_u16(vshrn_n_u32(bits, 16), vdup_n_u16(0x40));
+    return vbsl_u16(vmovn_u32(vceqq_f32(x, x)), rounded, quiet);
+  }
   static inline const uint8_t* bytes(const std::byte* p) { return reinterpret_cast<const uint8_t*>(p); }
 };
 

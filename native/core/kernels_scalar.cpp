@@ -54,8 +54,19 @@ struct Scalar {
     __builtin_memcpy(q, p, size_t(n + 1) / 2);
     return Float{float(q[0] & 15), float(q[0] >> 4), float(q[1] & 15), float(q[1] >> 4)};
   }
-  static inline void store(float* p, Float x) { __builtin_memcpy(p, &x, sizeof x); }
-  static inline void store_part(float* p, Float x, int64_t n) { __builtin_memcpy(p, &x, size_t(n) * 4); }
+  static inline void store(std::byte* p, Float x) { __builtin_memcpy(p, &x, sizeof x); }
+  static inline void store_part(std::byte* p, Float x, int64_t n) { __builtin_memcpy(p, &x, size_t(n) * 4); }
+  static inline void store_half(std::byte* p, Float x) { store_half_part(p, x, width); }
+  static inline void store_half_part(std::byte* p, Float x, int64_t n) {
+    const uint16_t halves[4] = {narrow_to_half(x[0]), narrow_to_half(x[1]), narrow_to_half(x[2]), narrow_to_half(x[3])};
+    __builtin_memcpy(p, halves, size_t(n) * 2);
+  }
+  static inline void store_bfloat(std::byte* p, Float x) { store_bfloat_part(p, x, width); }
+  static inline void store_bfloat_part(std::byte* p, Float x, int64_t n) {
+    const uint16_t upper[4] = {narrow_to_bfloat(x[0]), narrow_to_bfloat(x[1]), narrow_to_bfloat(x[2]),
+                               narrow_to_bfloat(x[3])};
+    __builtin_memcpy(p, upper, size_t(n) * 2);
+  }
   static inline Float greater(Float a, Float b) {
     for (int i = 0; i < int(width); ++i) a[i] = a[i] > b[i] ? a[i] : b[i];
     return a;
@@ -63,6 +74,32 @@ struct Scalar {
   static inline Float multiply_add(Float a, Float b, Float c) { return a * b + c; }
 
  private:
+  // binary32 → binary16, to nearest even; beyond 65,520 infinite. Of NaN the sign and the upper payload stay, quiet, as
+  // the hardware conversions do it.
+  static inline uint16_t narrow_to_half(float x) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, &x, sizeof bits);
+    const uint32_t sign = bits >> 16 & 0x8000;
+    uint32_t magnitude = bits & 0x7fffffff;
+    if (magnitude > 0x7f800000) return uint16_t(sign | 0x7e00 | (magnitude >> 13 & 0x03ff));
+    if (magnitude >= 0x477ff000) return uint16_t(sign | 0x7c00);
+    if (magnitude < 0x38800000) {
+      // The last bit of a sum from 0.5 to 1 is worth 2^-24, a subnormal half's unit: the addition rounds.
+      float shifted;
+      __builtin_memcpy(&shifted, &magnitude, sizeof shifted);
+      shifted += 0.5f;
+      __builtin_memcpy(&magnitude, &shifted, sizeof magnitude);
+      return uint16_t(sign | (magnitude - 0x3f000000));
+    }
+    return uint16_t(sign | (magnitude - (112u << 23) + 0x0fff + (magnitude >> 13 & 1)) >> 13);
+  }
+  // The upper half of a binary32, to nearest even; NaN as above.
+  static inline uint16_t narrow_to_bfloat(float x) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, &x, sizeof bits);
+    if ((bits & 0x7fffffff) > 0x7f800000) return uint16_t(bits >> 16 | 0x40);
+    return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+  }
   // IEEE 754 binary16 → binary32, exact. A subnormal goes through an integer: correct even where the thread flushes
   // subnormal floats to zero. A signalling NaN becomes quiet, as the hardware conversions do it.
   static inline float widen(uint16_t half) {

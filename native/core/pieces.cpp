@@ -16,7 +16,7 @@ PoolTask part_of(const PoolTask& whole, const Range& range) {
   task.value_count = range.values;
   if (task.lengths != nullptr) task.lengths += range.first_bag;
   if (task.weights != nullptr) task.weights += range.first_value;
-  task.out += (task.pooling == Pooling::none ? range.first_value : range.first_bag) * task.out_stride;
+  task.out += (task.pooling == Pooling::none ? range.first_value : range.first_bag) * task.out_stride_bytes;
   return task;
 }
 

@@ -90,7 +90,8 @@ const std::byte* kernels::stand_in_row(PoolTask& task, int64_t id) {
   return nullptr;
 }
 
-PoolTask pool_task(const Table& table, Pooling pooling, const BagInput& input, float* out, int64_t out_stride) {
+PoolTask pool_task(const Table& table, Pooling pooling, const BagInput& input, void* out, int64_t out_stride,
+                   OutputFormat output) {
   PoolTask task{};
   task.base = table.base.load(std::memory_order_acquire);
   task.rows = table.rows;
@@ -101,8 +102,8 @@ PoolTask pool_task(const Table& table, Pooling pooling, const BagInput& input, f
   task.value_count = input.value_count;
   task.lengths = input.lengths;
   task.weights = input.weights;
-  task.out = out;
-  task.out_stride = out_stride;
+  task.out = static_cast<std::byte*>(out);
+  task.out_stride_bytes = out_stride * int64_t(value_bytes(output));
   task.fixed_length = input.fixed_length;
   task.batch = input.batch;
   task.row_lines = row_lines(task.base, task.row_bytes);
@@ -111,6 +112,7 @@ PoolTask pool_task(const Table& table, Pooling pooling, const BagInput& input, f
   task.format = table.format;
   task.policy = table.policy;
   task.pooling = pooling;
+  task.output = output;
   return task;
 }
 
@@ -133,9 +135,9 @@ Fault fault_of(const PoolTask& task) {
   return fault;
 }
 
-Fault pool_feature(const Table& table, Pooling pooling, const BagInput& input, float* out, int64_t out_stride,
-                   PoolCounts& counts) {
-  PoolTask task = pool_task(table, pooling, input, out, out_stride);
+Fault pool_feature(const Table& table, Pooling pooling, const BagInput& input, void* out, int64_t out_stride,
+                   PoolCounts& counts, OutputFormat output) {
+  PoolTask task = pool_task(table, pooling, input, out, out_stride, output);
   Lookahead ahead(&task, 1);
   return pool(task, ahead, counts);
 }

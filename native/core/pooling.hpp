@@ -37,8 +37,8 @@ struct PoolTask {
   int64_t value_count;
   const int32_t* lengths;
   const float* weights;
-  float* out;
-  int64_t out_stride;
+  std::byte* out;
+  int64_t out_stride_bytes;
   int32_t fixed_length;
   int32_t batch;
   int32_t rows_ahead;  // how far ahead of its use a row's fetch starts
@@ -46,6 +46,7 @@ struct PoolTask {
   RowFormat format;
   OutOfRange policy;
   Pooling pooling;
+  OutputFormat output;
 
   Reason reason;  // none: the whole feature was pooled
   int64_t bag;
@@ -54,7 +55,9 @@ struct PoolTask {
   int64_t out_of_range;
 };
 
-PoolTask pool_task(const Table& table, Pooling pooling, const BagInput& input, float* out, int64_t out_stride);
+// `out` gets values of `output`, at any alignment; rows begin `out_stride` values apart.
+PoolTask pool_task(const Table& table, Pooling pooling, const BagInput& input, void* out, int64_t out_stride,
+                   OutputFormat output = OutputFormat::fp32);
 
 // Starts fetching rows ahead of their use, over all features of a request: it stands some rows in front of the
 // pooling, often in a later feature. Pass the same one to pool() for task after task, first to last.
@@ -67,10 +70,10 @@ struct Lookahead {
   int64_t in_flight = 0;  // rows fetched and not yet pooled
 };
 
-// Pool one feature: `task.out` gets `[batch, dim]` fp32 rows `out_stride` floats apart (for `none`: `[value_count,
-// dim]`). Rows are added in the order of their ids. Empty bags give zeros (torch's embedding_bag); a `sum` bag of one
-// id is an exact copy of its row. Weights multiply the rows of sum and mean, and mean divides by the number of ids: Σ
-// w·row ÷ count (not ÷ Σ w). max and none ignore them. Under policy `error` the first bad id stops with
+// Pool one feature: `task.out` gets `[batch, dim]` rows `out_stride_bytes` apart (for `none`: `[value_count, dim]`).
+// Rows are added in fp32, in the order of their ids, and rounded to `output` when they are stored. Empty bags give zeros
+// (torch's embedding_bag); a `sum` bag of one id is an exact copy of its row. Weights multiply the rows of sum and mean,
+// and mean divides by the number of ids: Σ w·row ÷ count (not ÷ Σ w). max and none ignore them. Under policy `error` the first bad id stops with
 // Status::rejected, id_out_of_range, bag, id. Under `zero` a bad id is as if it were absent: it adds nothing to sum,
 // does not count for mean, cannot win max; `none` gives a row of zeros. Lengths that are negative or do not add up stop
 // with Status::rejected as well; nothing outside `out` is ever written, and what a stopped call left in `out` is
@@ -81,8 +84,8 @@ Fault pool(PoolTask& task, Lookahead& ahead, PoolCounts& counts);
 Fault fault_of(const PoolTask& task);
 
 // One feature alone.
-Fault pool_feature(const Table& table, Pooling pooling, const BagInput& input, float* out, int64_t out_stride,
-                   PoolCounts& counts);
+Fault pool_feature(const Table& table, Pooling pooling, const BagInput& input, void* out, int64_t out_stride,
+                   PoolCounts& counts, OutputFormat output = OutputFormat::fp32);
 
 // The row an out-of-range id stands for under policy `hash`: the same function on every machine, for ever.
 int64_t hashed_row(int64_t id, int64_t rows);

@@ -92,7 +92,7 @@ void PreparedFrames::add(std::string_view bytes) {
       frame.rows.push_back(base + *values * row);
     }
     frame.runs.push_back({base, size_t(entry.value_count), row});
-    payload += block_bytes(feature, table.dim, request.header.batch, entry.value_count);
+    payload += block_bytes(feature.pooling, table.dim, request.header.batch, entry.value_count, request.header.output_format);
   }
   if (payload > payload_.bytes()) payload_ = Mapping::anonymous(payload);
   frames_.push_back(std::move(frame));

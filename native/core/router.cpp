@@ -9,7 +9,8 @@ namespace {
 constexpr size_t kSectionSlack = 4 * kAlign;
 
 // True if any id lies outside [0, rows). Sign bits only, so that it vectorises on any machine.
-bool any_outside(const int64_t* ids, int64_t count, int64_t rows) {
+template <class Id>
+bool any_outside(const Id* ids, int64_t count, int64_t rows) {
   const uint64_t last = uint64_t(rows) - 1;
   uint64_t signs = 0;
   for (int64_t i = 0; i < count; ++i) signs |= uint64_t(ids[i]) | (last - uint64_t(ids[i]));
@@ -107,18 +108,20 @@ Fault RoutedLookup::check_jagged(size_t p) {
   begin[features] = at;
   if (at != part.value_count) return {Status::rejected, Reason::values_left_over, -1, -1, part.value_count - at};
 
-  for (size_t f = 0; f < features; ++f) {
-    const RoutedFeature& feature = routes_->features[f];
-    const int64_t* ids = part.values + begin[f];
-    const int64_t count = begin[f + 1] - begin[f];
-    if (feature.policy != OutOfRange::error || !any_outside(ids, count, feature.rows)) continue;
-    int64_t at_bag = 0, bag = 0;
-    for (int64_t i = 0; i < count; ++i) {
-      while (i >= at_bag + part.lengths[int64_t(f) * batch + bag]) at_bag += part.lengths[int64_t(f) * batch + bag++];
-      if (outside(ids[i], feature.rows)) return {Status::rejected, Reason::id_out_of_range, int32_t(f), bag, ids[i]};
+  return part.with_values([&](const auto* values) -> Fault {
+    for (size_t f = 0; f < features; ++f) {
+      const RoutedFeature& feature = routes_->features[f];
+      const auto* ids = values + begin[f];
+      const int64_t count = begin[f + 1] - begin[f];
+      if (feature.policy != OutOfRange::error || !any_outside(ids, count, feature.rows)) continue;
+      int64_t at_bag = 0, bag = 0;
+      for (int64_t i = 0; i < count; ++i) {
+        while (i >= at_bag + part.lengths[int64_t(f) * batch + bag]) at_bag += part.lengths[int64_t(f) * batch + bag++];
+        if (outside(ids[i], feature.rows)) return {Status::rejected, Reason::id_out_of_range, int32_t(f), bag, ids[i]};
+      }
     }
-  }
-  return {};
+    return {};
+  });
 }
 
 Fault RoutedLookup::check_fixed(size_t p) {
@@ -135,22 +138,24 @@ Fault RoutedLookup::check_fixed(size_t p) {
       last = std::min(last, uint64_t(feature.rows) - 1);
     }
   }
-  for (int64_t b = 0; b < part.fixed_batch; ++b) {
-    const int64_t* ids = part.values + b * part.fixed_width;
-    for (size_t c = 0; c < width; ++c) column_signs_[c] |= uint64_t(ids[c]) | (column_last_[c] - uint64_t(ids[c]));
-  }
-  for (size_t f = 0; f < routes_->features.size(); ++f) {
-    const RoutedFeature& feature = routes_->features[f];
-    if (feature.policy != OutOfRange::error) continue;
-    for (int32_t k = 0; k < feature.fixed_width; ++k) {
-      if (column_signs_[size_t(feature.fixed_begin + k)] >> 63 == 0) continue;
-      const int64_t* ids = part.values + feature.fixed_begin + k;
-      for (int64_t b = 0; b < part.fixed_batch; ++b)
-        if (outside(ids[b * part.fixed_width], feature.rows))
-          return {Status::rejected, Reason::id_out_of_range, int32_t(f), b, ids[b * part.fixed_width]};
+  return part.with_values([&](const auto* values) -> Fault {
+    for (int64_t b = 0; b < part.fixed_batch; ++b) {
+      const auto* ids = values + b * part.fixed_width;
+      for (size_t c = 0; c < width; ++c) column_signs_[c] |= uint64_t(ids[c]) | (column_last_[c] - uint64_t(ids[c]));
     }
-  }
-  return {};
+    for (size_t f = 0; f < routes_->features.size(); ++f) {
+      const RoutedFeature& feature = routes_->features[f];
+      if (feature.policy != OutOfRange::error) continue;
+      for (int32_t k = 0; k < feature.fixed_width; ++k) {
+        if (column_signs_[size_t(feature.fixed_begin + k)] >> 63 == 0) continue;
+        const auto* ids = values + feature.fixed_begin + k;
+        for (int64_t b = 0; b < part.fixed_batch; ++b)
+          if (outside(ids[b * part.fixed_width], feature.rows))
+            return {Status::rejected, Reason::id_out_of_range, int32_t(f), b, ids[b * part.fixed_width]};
+      }
+    }
+    return {};
+  });
 }
 
 uint64_t RoutedLookup::count_values(size_t p, int32_t f, int64_t begin, int64_t end) const {
@@ -167,17 +172,18 @@ uint64_t RoutedLookup::count_values(size_t p, int32_t f, int64_t begin, int64_t 
   return sum;
 }
 
-bool RoutedLookup::fits(int32_t s, int64_t batch, uint64_t values, uint64_t sequence_bytes, const SlotBudget& budget) const {
+bool RoutedLookup::fits(int32_t s, int64_t batch, uint64_t values, uint64_t sequence_values, OutputFormat output,
+                        const SlotBudget& budget) const {
   const std::vector<int32_t>& mine = routes_->of_sidecar[size_t(s)];
   uint64_t dims = 0;
   for (const int32_t f : mine) dims += routes_->features[size_t(f)].pooling == Pooling::none ? 0 : uint64_t(routes_->features[size_t(f)].dim);
   const uint64_t request = sizeof(RequestHeader) + mine.size() * (sizeof(FeatureEntry) + uint64_t(batch) * sizeof(int32_t)) +
                            values * (sizeof(int64_t) + (routes_->any_weighted ? sizeof(float) : 0)) + kSectionSlack;
-  const uint64_t response = uint64_t(batch) * dims * sizeof(float) + sequence_bytes + mine.size() * kAlign;
+  const uint64_t response = (uint64_t(batch) * dims + sequence_values) * value_bytes(output) + mine.size() * kAlign;
   return request <= budget.request_bytes && response <= budget.payload_bytes && batch <= int64_t(kMaxBatch);
 }
 
-void RoutedLookup::plan(const std::vector<SlotBudget>& budgets, std::vector<Fault>& faults) {
+void RoutedLookup::plan(const std::vector<SlotBudget>& budgets, OutputFormat output, std::vector<Fault>& faults) {
   const size_t sidecars = routes_->of_sidecar.size();
   const size_t features = routes_->features.size();
   for (bool again = true; again;) {
@@ -207,12 +213,12 @@ void RoutedLookup::plan(const std::vector<SlotBudget>& budgets, std::vector<Faul
           const RoutedFeature& feature = routes_->features[f];
           const uint64_t n = count_values(p, int32_t(f), a, b);
           block_values_[size_t(feature.sidecar)] += n;
-          if (feature.pooling == Pooling::none) block_sequence_[size_t(feature.sidecar)] += n * uint64_t(feature.dim) * sizeof(float);
+          if (feature.pooling == Pooling::none) block_sequence_[size_t(feature.sidecar)] += n * uint64_t(feature.dim);
         }
         bool fit = true;
         for (size_t s = 0; s < sidecars && fit; ++s)
           fit = routes_->of_sidecar[s].empty() || fits(int32_t(s), chunk.end - chunk.begin + b - a, cost_values_[s] + block_values_[s],
-                                                       cost_sequence_[s] + block_sequence_[s], budgets[s]);
+                                                       cost_sequence_[s] + block_sequence_[s], output, budgets[s]);
         if (fit) {
           chunk.end += b - a;
           for (size_t s = 0; s < sidecars; ++s) {
@@ -296,19 +302,21 @@ void RoutedLookup::transpose_ids(const std::vector<int32_t>& mine, const std::ve
   int64_t done = 0;
   for (const Segment& g : segments_) {
     const Part& part = parts_[live_[g.live].part];
-    for (int64_t begin = g.begin; begin < g.end; begin += kBlock) {
-      const int64_t end = std::min(begin + kBlock, g.end);
-      int64_t* of_feature = values;
-      for (size_t i = 0; i < mine.size(); ++i) {
-        const RoutedFeature& feature = routes_->features[size_t(mine[i])];
-        const int64_t* from = part.values + begin * part.fixed_width + feature.fixed_begin;
-        int64_t* to = of_feature + done * feature.fixed_width;
-        for (int64_t b = begin; b < end; ++b, from += part.fixed_width)
-          for (int32_t k = 0; k < feature.fixed_width; ++k) *to++ = from[k];
-        of_feature += counts[i];
+    part.with_values([&](const auto* ids) {
+      for (int64_t begin = g.begin; begin < g.end; begin += kBlock) {
+        const int64_t end = std::min(begin + kBlock, g.end);
+        int64_t* of_feature = values;
+        for (size_t i = 0; i < mine.size(); ++i) {
+          const RoutedFeature& feature = routes_->features[size_t(mine[i])];
+          const auto* from = ids + begin * part.fixed_width + feature.fixed_begin;
+          int64_t* to = of_feature + done * feature.fixed_width;
+          for (int64_t b = begin; b < end; ++b, from += part.fixed_width)
+            for (int32_t k = 0; k < feature.fixed_width; ++k) *to++ = from[k];
+          of_feature += counts[i];
+        }
+        done += end - begin;
       }
-      done += end - begin;
-    }
+    });
   }
 }
 
@@ -326,8 +334,7 @@ void RoutedLookup::encode_bags(int32_t f, const Segment& g, bool with_lengths, S
     int64_t& cursor = cursor_[p * features + size_t(f)];
     from = value_begin_[p * (features + 1) + size_t(f)] + cursor;
     cursor += count;
-    std::memcpy(to.values, part.values + from, size_t(count) * sizeof(int64_t));
-    to.values += count;
+    to.values = part.with_values([&](const auto* ids) { return std::copy_n(ids + from, count, to.values); });
     if (feature.weighted) {
       std::memcpy(to.weights, part.weights + from, size_t(count) * sizeof(float));
       to.weights += count;
@@ -337,22 +344,27 @@ void RoutedLookup::encode_bags(int32_t f, const Segment& g, bool with_lengths, S
   if (with_lengths) to.lengths = std::fill_n(to.lengths, samples, feature.fixed_width);
   for (int64_t b = g.begin; b < g.end; ++b) {
     from = b * part.fixed_width + feature.fixed_begin;
-    to.values = std::copy_n(part.values + from, feature.fixed_width, to.values);
+    to.values = part.with_values([&](const auto* ids) { return std::copy_n(ids + from, feature.fixed_width, to.values); });
     if (feature.weighted) to.weights = std::copy_n(part.weights + from, feature.fixed_width, to.weights);
   }
 }
 
-float* RoutedLookup::sequence_rows(const Segment& g, int32_t f, const LookupOutput& out) const {
+std::byte* RoutedLookup::pooled_rows(const Segment& g, const RoutedFeature& feature, const LookupOutput& out) const {
+  const int64_t value = (live_[g.live].out_row + g.begin) * out.stride + feature.out_column;
+  return out.pooled + value * int64_t(value_bytes(out.format));
+}
+
+std::byte* RoutedLookup::sequence_rows(const Segment& g, int32_t f, const LookupOutput& out) const {
   const RoutedFeature& feature = routes_->features[size_t(f)];
   const size_t p = live_[g.live].part;
   const int64_t row = sequence_begin_[p * routes_->features.size() + size_t(f)] + int64_t(count_values(p, f, 0, g.begin));
-  return out.sequences[feature.sequence] + row * feature.dim;
+  return out.sequences[feature.sequence] + row * feature.dim * int64_t(value_bytes(out.format));
 }
 
 void RoutedLookup::merge(size_t chunk, int32_t f, const std::byte* block, const LookupOutput& out) {
   segments(chunk);
   const RoutedFeature& feature = routes_->features[size_t(f)];
-  const size_t row = size_t(feature.dim) * sizeof(float);
+  const size_t row = size_t(feature.dim) * value_bytes(out.format);
   if (feature.pooling == Pooling::none) {
     for (const Segment& g : segments_) {
       const uint64_t n = count_values(live_[g.live].part, f, g.begin, g.end);
@@ -361,33 +373,36 @@ void RoutedLookup::merge(size_t chunk, int32_t f, const std::byte* block, const 
     }
     return;
   }
+  const size_t stride = size_t(out.stride) * value_bytes(out.format);
   for (const Segment& g : segments_) {
-    float* to = out.pooled + (live_[g.live].out_row + g.begin) * out.stride + feature.out_column;
-    for (int64_t b = g.begin; b < g.end; ++b, to += out.stride, block += row) std::memcpy(to, block, row);
+    std::byte* to = pooled_rows(g, feature, out);
+    for (int64_t b = g.begin; b < g.end; ++b, to += stride, block += row) std::memcpy(to, block, row);
   }
 }
 
 void RoutedLookup::zero(size_t chunk, int32_t f, const LookupOutput& out) {
   segments(chunk);
   const RoutedFeature& feature = routes_->features[size_t(f)];
+  const size_t row = size_t(feature.dim) * value_bytes(out.format), stride = size_t(out.stride) * value_bytes(out.format);
   for (const Segment& g : segments_) {
     if (feature.pooling == Pooling::none) {
       const uint64_t n = count_values(live_[g.live].part, f, g.begin, g.end);
-      std::fill_n(sequence_rows(g, f, out), n * uint64_t(feature.dim), 0.f);
+      std::memset(sequence_rows(g, f, out), 0, n * row);  // bits of zero, whatever the format
       continue;
     }
-    float* to = out.pooled + (live_[g.live].out_row + g.begin) * out.stride + feature.out_column;
-    for (int64_t b = g.begin; b < g.end; ++b, to += out.stride) std::fill_n(to, feature.dim, 0.f);
+    std::byte* to = pooled_rows(g, feature, out);
+    for (int64_t b = g.begin; b < g.end; ++b, to += stride) std::memset(to, 0, row);
   }
 }
 
 void RoutedLookup::zero_refused(const std::vector<Fault>& faults, const LookupOutput& out) {
-  int64_t width = 0;
+  const size_t bytes = value_bytes(out.format), stride = size_t(out.stride) * bytes;
+  size_t row = 0;
   for (const RoutedFeature& feature : routes_->features)
-    if (feature.pooling != Pooling::none) width += feature.dim;
+    if (feature.pooling != Pooling::none) row += size_t(feature.dim) * bytes;
   for (size_t p = 0; p < part_count_; ++p) {
     if (faults[p].status == Status::ok) continue;
-    for (int64_t b = 0; b < batches_[p]; ++b) std::fill_n(out.pooled + (out_rows_[p] + b) * out.stride, width, 0.f);
+    for (int64_t b = 0; b < batches_[p]; ++b) std::memset(out.pooled + size_t(out_rows_[p] + b) * stride, 0, row);
   }
 }
 

@@ -15,16 +15,17 @@ struct RoutedFeature {
   bool weighted = false;
   OutOfRange policy = OutOfRange::error;
   int32_t sidecar = 0;
-  int64_t out_column = 0;   // first float of this feature in an output row; unused for none
+  int64_t out_column = 0;   // first value of this feature in an output row; unused for none
   int32_t sequence = -1;    // index among the `none` features
   int32_t fixed_begin = 0;  // columns of a fixed-width id matrix
   int32_t fixed_width = 1;
 };
 
-// One request's ids. Jagged: lengths is [features × batch], feature-major. Fixed-width: lengths is null and values is
-// [batch, width].
+// One request's ids, int64 or int32; frames carry int64. Jagged: lengths is [features × batch], feature-major.
+// Fixed-width: lengths is null and values is [batch, width].
 struct Part {
-  const int64_t* values = nullptr;
+  const void* values = nullptr;
+  bool int32_values = false;
   int64_t value_count = 0;
   const int32_t* lengths = nullptr;
   int64_t length_count = 0;
@@ -32,12 +33,19 @@ struct Part {
   int64_t weight_count = 0;
   int64_t fixed_batch = 0;
   int64_t fixed_width = 0;
+
+  // Calls `use` with the ids as what they are: a loop over them is compiled for each.
+  template <class Use>
+  auto with_values(Use use) const {
+    return int32_values ? use(static_cast<const int32_t*>(values)) : use(static_cast<const int64_t*>(values));
+  }
 };
 
 struct LookupOutput {
-  float* pooled = nullptr;
-  int64_t stride = 0;  // floats from one row to the next
-  float* const* sequences = nullptr;
+  std::byte* pooled = nullptr;
+  int64_t stride = 0;  // values from one row to the next
+  std::byte* const* sequences = nullptr;
+  OutputFormat format = OutputFormat::fp32;
 };
 
 // The plan as a ranker uses it; immutable once built.
@@ -60,7 +68,7 @@ class RoutedLookup {
   void admit(const Routes& routes, const Part* parts, size_t count, std::vector<Fault>& faults);
 
   // Cut the samples into chunks that fit every sidecar's slots. A part with a sample too large for any slot is faulted.
-  void plan(const std::vector<SlotBudget>& budgets, std::vector<Fault>& faults);
+  void plan(const std::vector<SlotBudget>& budgets, OutputFormat output, std::vector<Fault>& faults);
   size_t chunk_count() const { return chunks_.size(); }
 
   // Samples of the whole call and of the chunk.
@@ -111,9 +119,11 @@ class RoutedLookup {
   void segments(size_t chunk);
   void transpose_ids(const std::vector<int32_t>& mine, const std::vector<uint64_t>& counts, int64_t* values) const;
   void encode_bags(int32_t feature, const Segment& segment, bool with_lengths, Sections& to);
-  float* sequence_rows(const Segment& segment, int32_t feature, const LookupOutput& out) const;
+  std::byte* pooled_rows(const Segment& segment, const RoutedFeature& feature, const LookupOutput& out) const;
+  std::byte* sequence_rows(const Segment& segment, int32_t feature, const LookupOutput& out) const;
   void place_sequences(const std::vector<Fault>& faults);
-  bool fits(int32_t sidecar, int64_t batch, uint64_t values, uint64_t sequence_bytes, const SlotBudget& budget) const;
+  bool fits(int32_t sidecar, int64_t batch, uint64_t values, uint64_t sequence_values, OutputFormat output,
+            const SlotBudget& budget) const;
 
   const Routes* routes_ = nullptr;
   const Part* parts_ = nullptr;

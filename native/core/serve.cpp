@@ -75,17 +75,18 @@ Fault plan_features(const TableSet& tables, const ServeInput& input, Plan& plan)
   plan.features.clear();
   plan.ends.clear();
   BagCursor cursor(request);
+  const OutputFormat output = request.header.output_format;
   size_t used = 0;
   for (const FeatureEntry& entry : request.entries) {
     const Fault fault = check_entry(tables, entry);
     if (fault.status != Status::ok) return fault;
     const Feature& feature = tables.feature(int32_t(entry.feature));
     const Table& table = tables.table(feature.table);
-    const size_t block = block_bytes(feature, table.dim, request.header.batch, entry.value_count);
+    const size_t block = block_bytes(feature.pooling, table.dim, request.header.batch, entry.value_count, output);
     if (block > input.payload_capacity - used)
       return {Status::rejected, Reason::too_large, int32_t(entry.feature), -1, int64_t(used + block)};
     plan.features.push_back(
-        pool_task(table, feature.pooling, cursor.next(entry), reinterpret_cast<float*>(input.payload + used), table.dim));
+        pool_task(table, feature.pooling, cursor.next(entry), input.payload + used, table.dim, output));
     used += block;
     plan.ends.push_back(used);
   }

@@ -288,7 +288,8 @@ std::string SidecarServer::serve_frame(const std::byte* frame, size_t bytes) {
       if (!tables || entry.feature >= uint32_t(tables->feature_count())) continue;
       const Feature& feature = tables->feature(int32_t(entry.feature));
       if (feature.table >= 0)
-        payload += block_bytes(feature, tables->table(feature.table).dim, request.header.batch, entry.value_count);
+        payload += block_bytes(feature.pooling, tables->table(feature.table).dim, request.header.batch, entry.value_count,
+                               request.header.output_format);
     }
     payload = std::min<size_t>(payload, max_frame_bytes_);
     Mapping block = Mapping::anonymous(std::max<size_t>(payload, kAlign));

@@ -16,6 +16,8 @@ enum class Pooling : uint8_t { sum = 0, mean = 1, max = 2, none = 3 };
 // int8 and int4 are FBGEMM's fused rows: `dim` bytes, then scale and bias as fp32; or two values a byte, the lower four
 // bits first, then scale and bias as fp16. A value is scale · q + bias.
 enum class RowFormat : uint8_t { fp32 = 0, fp16 = 1, bf16 = 2, int8 = 3, int4 = 4 };
+// What the values of a lookup's result are; numbers as in frames. fp16 and bf16 are rounded to nearest even, once.
+enum class OutputFormat : uint8_t { fp32 = 0, fp16 = 1, bf16 = 2 };
 enum class OutOfRange : uint8_t { error = 0, zero = 1, default_row = 2, hash = 3 };
 
 Pooling parse_pooling(const std::string& name);  // Error(rejected) on an unknown name
@@ -39,6 +41,8 @@ constexpr size_t row_bytes(RowFormat format, int32_t dim) {
   }
   return 0;
 }
+
+constexpr size_t value_bytes(OutputFormat format) { return format == OutputFormat::fp32 ? 4 : 2; }
 
 // A table as the kernels see it. `base` may be replaced once (promotion into huge pages) while lookups run:
 // read it once per feature, with acquire.

@@ -8,12 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from lookup_world import Bags, World, expected, random_bags
 from numpy.typing import NDArray
 
 from sidepool.client import AsyncEmbeddingClient, EmbeddingClient, Pooled
 from sidepool.client.lanes import Lane
 from sidepool.wire.errors import DeadlineExceeded, LookupRejected, Overloaded, TransportError
+from sidepool.wire.model import OutputDtype
 from sidepool.wire.plan import Plan
 
 # Sums of a few float32 in another order.
@@ -44,6 +46,62 @@ def assert_still_works(client: EmbeddingClient, world: World) -> None:
 def test_pooled_vectors_and_sequences_equal_torchs(client: EmbeddingClient, world: World, batch: int) -> None:
     bags = random_bags(world.plan, batch, seed=batch)
     assert_answers(world, bags, ask(client, bags))
+
+
+@pytest.mark.parametrize(("dtype", "like"), [("fp16", torch.float16), ("bf16", torch.bfloat16)])
+@pytest.mark.parametrize("batch", [1, 65])
+def test_16_bit_results_are_the_fp32_ones_rounded_and_half_the_bytes(
+    client: EmbeddingClient, world: World, dtype: OutputDtype, like: torch.dtype, batch: int
+) -> None:
+    bags = random_bags(world.plan, batch, seed=batch)
+    wanted = client.lookup_parts([bags.part], deadline_ms=PATIENT_MS)
+    found = client.lookup_parts([bags.part], output_dtype=dtype, deadline_ms=PATIENT_MS)
+    for ours, exact in zip((found.out, *found.sequences), (wanted.out, *wanted.sequences), strict=True):
+        assert torch.equal(torch.from_numpy(ours).view(torch.int16), torch.from_numpy(exact).to(like).view(torch.int16))
+    wide = np.full((batch, world.plan.out_dim + 2), 7, found.out.dtype)
+    into = ask(client, bags, out=wide[:, 1:-1])  # whose dtype says it all
+    assert into.out.base is wide
+    assert np.array_equal(into.out.view(np.uint16), found.out.view(np.uint16))
+    assert (wide[:, [0, -1]] == 7).all()
+    with pytest.raises(LookupRejected, match=rf"out: found float32 .*\(output_dtype {dtype}\)"):
+        client.lookup_parts([bags.part], wanted.out, output_dtype=dtype)
+    for few, many in zip(found.timings.sidecars, wanted.timings.sidecars, strict=True):
+        headers_and_padding = 128 + 64 * len(world.plan.features)
+        assert few.response_bytes <= many.response_bytes / 2 + headers_and_padding
+        assert few.request_bytes == many.request_bytes
+
+
+def test_refused_parts_and_empty_bags_are_zero_in_16_bits_too(client: EmbeddingClient, world: World) -> None:
+    good, bad, empty = (random_bags(world.plan, 2, seed=s, longest=n) for s, n in ((8, 6), (9, 6), (10, 0)))
+    bad.values[0] = 1 << 40
+    out = np.full((6, world.plan.out_dim), -1, np.float16)
+    result = client.lookup_parts([good.part, bad.part, empty.part], out, deadline_ms=PATIENT_MS)
+    assert [error is None for error in result.errors] == [True, False, True]
+    assert not out[2:].any()
+    np.testing.assert_allclose(out[:2], expected(world.plan, world.rows, good)[0], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("batch", [1, 70])
+def test_int32_ids_are_the_same_ids(client: EmbeddingClient, world: World, batch: int) -> None:
+    bags = random_bags(world.plan, batch, seed=batch)
+    narrow = np.clip(bags.values, -(1 << 31), (1 << 31) - 1).astype(np.int32)  # strays stay outside, on their side
+    wide = client.lookup_parts([(narrow.astype(np.int64), *bags.part[1:])], deadline_ms=PATIENT_MS)
+    mixed = client.lookup_parts([(narrow, *bags.part[1:]), bags.part, (narrow, *bags.part[1:])], deadline_ms=PATIENT_MS)
+    np.testing.assert_array_equal(mixed.out[:batch], wide.out)
+    np.testing.assert_array_equal(mixed.out[2 * batch :], wide.out)
+    for both, rows in zip(mixed.sequences, wide.sequences, strict=True):
+        np.testing.assert_array_equal(both[: len(rows)], rows)
+        np.testing.assert_array_equal(both[-len(rows) :], rows)
+    ids = np.random.default_rng(batch).integers(0, 6, (batch, len(world.plan.features)))
+    weights = np.ones(ids.size, np.float32)
+    fixed = [client.lookup_parts([(ids.astype(t), None, weights)], deadline_ms=PATIENT_MS).out for t in (np.int64, np.int32)]
+    np.testing.assert_array_equal(*fixed)
+
+
+def test_a_bad_int32_id_is_named(client: EmbeddingClient) -> None:
+    for part in (np.full(10, -3, np.int32), np.ones(10, np.int32)), (np.full((1, 10), -3, np.int32), None):
+        result = client.lookup_parts([(*part, ones(10))], deadline_ms=PATIENT_MS)
+        assert str(result.errors[0]) == "feature summed, bag 0: id -3 is outside its table; allowed: 0 to 99"
 
 
 @pytest.mark.parametrize("batch", [0, 1, 5])

@@ -17,9 +17,15 @@ def pad(data: bytes) -> bytes:
 
 
 def request(
-    *, slot: int, lookup_id: int, epoch: int, batch: int, features: list[tuple[int, int, list[int], list[int], list[float]]]
+    *,
+    slot: int,
+    lookup_id: int,
+    epoch: int,
+    batch: int,
+    features: list[tuple[int, int, list[int], list[int], list[float]]],
+    output_format: int = 0,
 ) -> bytes:
-    """`features`: (plan position, fixed length or -1, lengths, ids, weights or none)."""
+    """`features`: (plan position, fixed length or -1, lengths, ids, weights or none). `output_format`: 0, 1 or 2."""
     entries = b"".join(
         struct.pack("<IHHiIQ", position, 1 if weights else 0, 0, fixed, 0, len(ids))
         for position, fixed, _, ids, weights in features
@@ -31,7 +37,7 @@ def request(
     count = sum(len(ids) for _, _, _, ids, _ in features)
     total = 64 * (-(-(128 + len(entries)) // 64)) + len(pad(lengths)) + len(pad(values)) + len(pad(weights_section))
     header = struct.pack(
-        "<IBBHQIiQQQQIIQ26s30s",
+        "<IBBHQIiQQQQIIQ26sB29s",
         MAGIC,
         VERSION,
         3,
@@ -47,7 +53,8 @@ def request(
         len(features),
         count,
         trace,
-        bytes(30),
+        output_format,
+        bytes(29),
     )
     return pad(header + entries) + pad(lengths) + pad(values) + pad(weights_section)
 
@@ -86,6 +93,7 @@ FRAMES = {
     "request_fixed": request(
         slot=3, lookup_id=77, epoch=9, batch=2, features=[(0, 1, [], [4, 5], []), (2, 2, [], [1, 2, 3, 4], [])]
     ),
+    "request_bf16": request(slot=3, lookup_id=77, epoch=9, batch=2, features=[(2, 2, [], [1, 2, 3, 4], [])], output_format=2),
     "request_jagged_weighted": request(
         slot=0,
         lookup_id=1,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from sidepool import _native
 
@@ -19,7 +20,7 @@ def read(name: str) -> bytes:
 
 def test_a_fixed_request_is_read_as_specified() -> None:
     frame = _native.inspect_frame(read("request_fixed"))
-    assert {k: frame[k] for k in ("kind", "slot", "priority", "lookup_id", "epoch", "budget_ns", "batch")} == {
+    assert {k: frame[k] for k in ("kind", "slot", "priority", "lookup_id", "epoch", "budget_ns", "batch", "output_format")} == {
         "kind": "request",
         "slot": 3,
         "priority": 2,
@@ -27,6 +28,7 @@ def test_a_fixed_request_is_read_as_specified() -> None:
         "epoch": 9,
         "budget_ns": 50_000_000,
         "batch": 2,
+        "output_format": "fp32",
     }
     assert frame["trace"].hex() == "000af7651916cd43dd8448eb211c80319cb7ad6b716920333101"
     assert frame["features"] == [
@@ -75,6 +77,30 @@ def test_a_sidecar_answers_a_golden_request_in_the_specified_layout() -> None:
     assert block[16:20].tolist() == [206.0, 208.0, 214.0, 216.0]  # rows 1 + 2 and 3 + 4 of the second table
 
 
+def test_a_request_for_16_bit_results_is_answered_in_blocks_of_half_the_bytes() -> None:
+    assert _native.inspect_frame(read("request_bf16"))["output_format"] == "bf16"
+    tables = _native.TableSet(9, 1, 3)
+    tables.add_table_array(0, np.arange(10 * 24, dtype=np.float32).reshape(10, 24), "error", 0)
+    tables.add_feature(2, 0, "sum", False)
+    tables.seal()
+    server = _native.SidecarServer(engines=1, spin_us=0, max_lanes=1, max_frame_bytes=1 << 20)
+    server.publish(tables)
+    answers = {}
+    for output_format in (0, 1, 2):
+        frame = bytearray(read("request_bf16"))
+        frame[98] = output_format
+        answers[output_format] = server.serve(bytes(frame))[128:]
+        prepared = _native.PreparedFrames(tables, [bytes(frame)])
+        assert prepared.serve(0, 1) == 0
+        assert prepared.payload() == answers[output_format]
+    server.close()
+    sums = np.frombuffer(answers[0], np.float32)[:48]
+    assert [len(answers[f]) for f in (0, 1, 2)] == [192, 128, 128]  # 2 bags of 24 values: 192 and 96 bytes, padded to 64
+    assert np.array_equal(np.frombuffer(answers[1], np.float16)[:48], sums)  # whole numbers below 2048
+    rounded = torch.from_numpy(sums.copy()).bfloat16().view(torch.int16).numpy()
+    assert np.array_equal(np.frombuffer(answers[2], np.int16)[:48], rounded)
+
+
 FIELDS = {
     "magic": (0, "<I", 7),
     "version": (4, "<B", 2),
@@ -83,6 +109,7 @@ FIELDS = {
     "batch": (56, "<I", 1 << 25),
     "feature_count": (60, "<I", 1 << 20),
     "value_count": (64, "<Q", 1 << 60),
+    "output_format": (98, "<B", 3),
     "entry.fixed_length": (128 + 8, "<i", 50),
     "entry.value_count": (128 + 16, "<Q", 1 << 61),
 }

@@ -84,8 +84,10 @@ std::vector<std::byte> some_request(const Routes& routes, bool jagged) {
     values.assign(size_t(batch * features), 0);
     for (auto& v : values) v = pick(0, 49);
   }
+  const std::vector<int32_t> narrow(values.begin(), values.end());
   Part part;
-  part.values = values.data();
+  part.int32_values = pick(0, 1) == 1;
+  part.values = part.int32_values ? static_cast<const void*>(narrow.data()) : values.data();
   part.value_count = int64_t(values.size());
   part.weights = weights.data();
   part.weight_count = part.value_count;
@@ -100,7 +102,7 @@ std::vector<std::byte> some_request(const Routes& routes, bool jagged) {
   std::vector<Fault> faults;
   routed.admit(routes, &part, 1, faults);
   CHECK(faults[0].status == Status::ok);
-  routed.plan({SlotBudget{1 << 20, 1 << 20}}, faults);
+  routed.plan({SlotBudget{1 << 20, 1 << 20}}, OutputFormat::fp32, faults);
   CHECK(routed.chunk_count() == 1);
   std::vector<uint64_t> counts;
   const RoutedLookup::Size size = routed.measure(0, 0, counts);
@@ -115,6 +117,7 @@ std::vector<std::byte> some_request(const Routes& routes, bool jagged) {
   header.batch = uint32_t(batch);
   header.feature_count = uint32_t(features);
   header.value_count = size.values;
+  header.output_format = OutputFormat(pick(0, 2));
   std::memcpy(frame.data, &header, sizeof header);
   return frame.copy();
 }

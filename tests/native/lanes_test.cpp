@@ -116,7 +116,7 @@ struct Looker {
     LookupCall call;
     call.parts = &part;
     call.part_count = 1;
-    call.out = {out.data(), kFeatures * kDim, nullptr};
+    call.out = {reinterpret_cast<std::byte*>(out.data()), kFeatures * kDim, nullptr, OutputFormat::fp32};
     call.budget_ns = budget_ns;
     return client.lookup(call);
   }

@@ -1,4 +1,4 @@
-"""Whatever the shape, the row format and the SIMD level: pooling gives what torch and FBGEMM give."""
+"""Whatever the shape, the row format, the output format and the SIMD level: pooling gives what torch and FBGEMM give."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from sidepool import _native
+from sidepool.partition.rows import decode, encode
+from sidepool.wire.plan import RowFormat
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # FBGEMM registers operators that this build of torch has no device for
@@ -61,21 +63,26 @@ class Case:
         )
         return pooled / torch.from_numpy(np.maximum(self.lengths, 1))[:, None] if self.pooling == "mean" else pooled
 
-    def ours(self, stored: NDArray[np.generic], row_format: str) -> Tensor:
+    def ours(self, stored: NDArray[np.generic], row_format: str, output: str = "fp32") -> Tensor:
         tables = _native.TableSet(1, 1, 1)
         tables.add_table_array(0, stored, "error", 0, row_format, self.rows.shape[1])
         tables.add_feature(0, 0, self.pooling, self.weights is not None)
         tables.seal()
         count = len(self.values) if self.pooling == "none" else len(self.lengths)
-        out = np.full((count, self.rows.shape[1]), np.nan, np.float32)
-        assert _native.pool(tables, 0, self.values, self.lengths, self.weights, out) == (0, 0, -1, 0)
-        return torch.from_numpy(out)
+        out = torch.full((count, self.rows.shape[1]), torch.nan, dtype=FLOATS[output])
+        to = out.view(torch.uint16) if output == "bf16" else out
+        assert _native.pool(tables, 0, self.values, self.lengths, self.weights, to.numpy()) == (0, 0, -1, 0)
+        return out
 
     def check(self, found: Tensor, wanted: Tensor, table: Tensor) -> None:
         """Bags of one unweighted id: every bit. Others: 2 ulp · √n of what was added up."""
         if self.pooling in ("none", "max"):
-            assert torch.equal(found, wanted)
+            assert torch.equal(found, wanted.to(found.dtype))
             return
+        # A sum of two neighbours in fp32 may fall to either side of where the output format's values meet.
+        coarsest = 0.0 if found.dtype is torch.float32 else torch.finfo(found.dtype).eps
+        least = 0.0 if found.dtype is torch.float32 else torch.finfo(found.dtype).smallest_normal
+        found, wanted = found.float(), wanted.to(found.dtype).float()
         for bag, length in enumerate(self.lengths):
             at = int(self.lengths[:bag].sum())
             ids = torch.from_numpy(self.values[at : at + length])
@@ -84,7 +91,8 @@ class Case:
                 continue
             scale = 1.0 if self.weights is None else torch.from_numpy(self.weights[at : at + length]).abs()[:, None]
             magnitude = (table[ids].abs() * scale).sum(0) / (max(1, length) if self.pooling == "mean" else 1)
-            assert ((found[bag] - wanted[bag]).abs() <= 2 * EPSILON * max(1, length) ** 0.5 * magnitude).all()
+            ulp = coarsest * wanted[bag].abs().clamp(min=least)
+            assert ((found[bag] - wanted[bag]).abs() <= 2 * EPSILON * max(1, length) ** 0.5 * magnitude + ulp).all()
 
 
 @st.composite
@@ -111,9 +119,47 @@ DIMS = st.one_of(st.integers(1, 140), st.sampled_from([8, 16, 32, 64, 128, 256, 
 @settings(max_examples=120, deadline=None)
 @given(case=cases(DIMS), row_format=st.sampled_from(sorted(FLOATS)))
 def test_float_rows_pool_as_torch_pools_them(case: Case, row_format: str) -> None:
-    stored = case.rows.to(FLOATS[row_format])
-    found = case.ours(stored.view(torch.int16).numpy() if row_format == "bf16" else stored.numpy(), row_format)
-    case.check(found, case.torch(stored.float()), stored.float())
+    stored, table = store(case.rows, row_format)
+    case.check(case.ours(stored, row_format), case.torch(table), table)
+
+
+@settings(max_examples=120, deadline=None)
+@given(case=cases(DIMS), row_format=st.sampled_from([*FLOATS, "int8", "int4"]), output=st.sampled_from(["fp16", "bf16"]))
+def test_a_16_bit_output_is_the_fp32_one_rounded_once(case: Case, row_format: str, output: str) -> None:
+    stored, table = store(case.rows, row_format)
+    found = case.ours(stored, row_format, output)
+    assert torch.equal(found.view(torch.int16), case.ours(stored, row_format).to(FLOATS[output]).view(torch.int16))
+    if row_format in FLOATS:  # a quantised value may differ in its last bit: we round scale · q + bias once
+        case.check(found, case.torch(table), table)
+
+
+@pytest.mark.parametrize("output", ["fp16", "bf16"])
+@pytest.mark.parametrize("dim", [64, 61])
+@pytest.mark.parametrize("pooling", ["sum", "none"])
+def test_every_value_is_rounded_as_torch_rounds_it(output: str, dim: int, pooling: str) -> None:
+    """Values of both formats, what lies halfway between neighbours, and the floats next to that: ties, subnormals, overflow."""
+    bits = torch.arange(1 << 16, dtype=torch.int32)
+    halves = bits.to(torch.int16).view(torch.float16).float()
+    close = [halves.view(torch.int32) + step for step in (0, 0xFFF, 0x1000, 0x1001)]
+    close += [(bits << 16) + step for step in (0, 0x7FFF, 0x8000, 0x8001)]
+    smallest = torch.arange(0, 1 << 12, dtype=torch.float32) * 2.0**-26  # between subnormal halves, which lie 2**-24 apart
+    values = torch.cat([*(c.view(torch.float32) for c in close), smallest, -smallest])
+    values = values[: len(values) // dim * dim]
+    ids = np.arange(len(values) // dim)
+    case = Case(values.reshape(-1, dim), ids, np.ones(len(ids), np.int32), None, pooling)
+    found, wanted = case.ours(case.rows.numpy(), "fp32", output).flatten(), values.to(FLOATS[output])
+    numbers = ~wanted.isnan()
+    assert found[~numbers].isnan().all()
+    assert torch.equal(found[numbers].view(torch.int16), wanted[numbers].view(torch.int16))
+
+
+def store(rows: Tensor, row_format: str) -> tuple[NDArray[np.generic], Tensor]:
+    """Rows as they are stored, and the float32 rows that they stand for."""
+    if row_format in FLOATS:
+        stored = rows.to(FLOATS[row_format])
+        return (stored.view(torch.int16) if row_format == "bf16" else stored).numpy(), stored.float()
+    kept = encode(rows, RowFormat(row_format))
+    return kept.numpy(), decode(kept, RowFormat(row_format), rows.shape[1])
 
 
 @settings(max_examples=120, deadline=None)

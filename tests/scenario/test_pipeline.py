@@ -64,6 +64,71 @@ def test_a_pipeline_scores_like_the_model_it_was_cut_from(tmp_path: Path, kind: 
             torch.testing.assert_close(found, model(*given), rtol=0, atol=1e-5)
 
 
+class Cast(torch.nn.Module):
+    """A model that computes in `dtype` between float32 inputs and outputs: a bag, a single id, a history kept as rows."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.bag = torch.nn.EmbeddingBag(30, 24, mode="sum")
+        self.one, self.history = torch.nn.Embedding(20, 5), torch.nn.Embedding(50, 8)
+        self.top = torch.nn.Linear(3 + 24 + 5 + 8, 1)
+        self.to(dtype)
+
+    def forward(self, dense: torch.Tensor, several: torch.Tensor, one: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+        rows = self.history(seen)
+        history = (rows * torch.softmax(rows.sum(2, keepdim=True), 1)).sum(1)
+        return torch.sigmoid(self.top(torch.cat([dense.to(self.dtype), self.bag(several), self.one(one), history], 1))).float()
+
+
+def cast_inputs(batch: int, ids: torch.dtype = torch.int64) -> tuple[torch.Tensor, ...]:
+    sizes = {(batch, 6): 30, (batch,): 20, (batch, 4): 50}
+    return torch.randn(batch, 3), *(torch.randint(0, rows, shape, dtype=ids) for shape, rows in sizes.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("ids", [torch.int64, torch.int32])
+def test_a_model_in_16_bits_gets_its_vectors_in_its_own_dtype(tmp_path: Path, dtype: torch.dtype, ids: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = Cast(dtype).eval()
+    report = partition_model(model, cast_inputs(4, ids), tmp_path / "artifact", name="small", sidecars=1)
+    own = {torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
+    assert (report.model.dense.pooled_dtype, {str(t.row_format) for t in report.plan.tables}) == (own, {own})
+    assert not any(error.max_abs for error in report.row_errors.values())
+    assert report.wire_bytes(0, 10)[1] == 10 * 2 * (24 + 5 + 4 * 8)
+    with Pipeline.open(tmp_path / "artifact") as pipeline, torch.no_grad():
+        for batch in (1, 2, 33):
+            given = cast_inputs(batch, ids)
+            found = pipeline(*given)
+            assert isinstance(found, torch.Tensor)
+            # A few units in the last place: torch may sum a bag in the narrow dtype, the lookup does not.
+            torch.testing.assert_close(found, model(*given), rtol=0, atol=4 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_jagged_ids_of_int32_and_weights_of_half_precision_are_taken(tmp_path: Path, weighted: bool) -> None:
+    class Bags(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bag = torch.nn.EmbeddingBag(30, 4, mode="sum").half()
+
+        def forward(self, values: torch.Tensor, offsets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+            found: torch.Tensor = self.bag(values, offsets, weights if weighted else None)
+            return found * (1 if weighted else weights[0])
+
+    torch.manual_seed(0)
+    model = Bags().eval()
+    values, offsets = torch.randint(0, 30, (9,), dtype=torch.int32), torch.tensor([0, 2, 2], dtype=torch.int32)
+    given = values, offsets, torch.randn(9).half()
+    if not weighted:
+        given = values, offsets, torch.ones(3, 1).half()
+    partition_model(model, given, tmp_path / "artifact", name="bags", sidecars=1)
+    with Pipeline.open(tmp_path / "artifact") as pipeline, torch.no_grad():
+        torch.testing.assert_close(pipeline(*given), model(*given), rtol=0, atol=0.02)
+    config = (tmp_path / "artifact/model_repository/bags/config.pbtxt").read_text()
+    assert '"sparse.values" data_type: TYPE_INT32' in config
+
+
 def test_a_pipeline_names_wrong_inputs_and_goes_on(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = Fixed().eval()

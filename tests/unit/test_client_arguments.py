@@ -7,24 +7,29 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from sidepool.client import arguments
 from sidepool.client.trace import parse_traceparent
 from sidepool.wire.errors import DeadlineExceeded, LookupRejected
+from sidepool.wire.model import OutputDtype
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 SPAN = "b7ad6b7169203331"
 
 
-@pytest.mark.parametrize("given", [np.array([1, 2], np.int64), np.array([1, 2], np.int32), [1, 2], (1, 2)])
-def test_integer_ids_are_taken_as_int64(given: Any) -> None:
+@pytest.mark.parametrize("given", [[1, 2], (1, 2), np.array([1, 0, 2, 0])[::2]])
+def test_integers_are_taken_as_contiguous_int64(given: Any) -> None:
     ids = arguments.id_values(given)
-    assert (ids.dtype, ids.tolist()) == (np.int64, [1, 2])
+    assert (ids.dtype, ids.tolist(), ids.flags.c_contiguous) == (np.int64, [1, 2], True)
 
 
-def test_int64_ids_are_not_copied() -> None:
-    given = np.arange(5)
+@pytest.mark.parametrize("dtype", [np.int64, np.int32])
+def test_ids_of_both_widths_are_not_copied(dtype: type) -> None:
+    given = np.arange(6, dtype=dtype)
     assert arguments.id_values(given) is given
+    assert arguments.id_matrix(given.reshape(2, 3)).base is given
+    assert np.shares_memory(arguments.id_values(torch.from_numpy(given)), given)
 
 
 @pytest.mark.parametrize("empty", [[], np.zeros(0, np.int64)])
@@ -83,7 +88,7 @@ def test_weights_are_float32_or_a_list() -> None:
 @pytest.mark.parametrize(
     ("out", "message"),
     [
-        (np.zeros((2, 3)), r"out: found float64 \[2, 3\]; allowed: float32 \[2, 3\]"),
+        (np.zeros((2, 3)), r"out: found float64 \[2, 3\]; allowed: float32 or float16 or uint16 \[2, 3\]"),
         (np.zeros((2, 4), np.float32), r"out: found float32 \[2, 4\]"),
         (np.zeros((3, 2), np.float32).T, "rows that are not contiguous"),
         (np.broadcast_to(np.float32(0), (2, 3)), "read-only"),
@@ -93,6 +98,20 @@ def test_weights_are_float32_or_a_list() -> None:
 def test_an_output_that_cannot_be_written_is_refused(out: Any, message: str) -> None:
     with pytest.raises(LookupRejected, match=message):
         arguments.output(out, 2, 3)
+
+
+@pytest.mark.parametrize(("dtype", "made"), [(None, np.float32), ("fp32", np.float32), ("fp16", np.float16), ("bf16", np.uint16)])
+def test_a_new_output_is_what_was_asked_for(dtype: OutputDtype | None, made: type) -> None:
+    out = arguments.output(None, 2, 3, dtype)
+    assert (out.dtype, out.shape) == (made, (2, 3))
+    assert arguments.output(out, 2, 3, dtype) is arguments.output(out, 2, 3) is out
+
+
+def test_an_output_dtype_that_is_none_or_not_the_outputs_is_refused() -> None:
+    with pytest.raises(LookupRejected, match="output_dtype: found 'fp8'; allowed: fp32, fp16, bf16"):
+        arguments.output(None, 2, 3, "fp8")  # type: ignore[arg-type]
+    with pytest.raises(LookupRejected, match=r"out: found float32 \[2, 3\]; allowed: uint16 \(output_dtype bf16\) \[2, 3\]"):
+        arguments.output(np.zeros((2, 3), np.float32), 2, 3, "bf16")
 
 
 def test_an_output_may_be_columns_of_a_wider_array() -> None:
@@ -125,7 +144,7 @@ IDS, LENGTHS = np.zeros(3, np.int64), np.zeros(2, np.int32)
     [
         ([IDS], r"parts\[0\]: found int64 \[3\]; allowed: a tuple"),
         ([(IDS, LENGTHS.astype(np.int64), None)], r"parts\[0\].lengths: found int64 \[2\]; allowed: contiguous int32"),
-        ([(IDS, None, None)], r"parts\[0\].values: found int64 \[3\]; allowed: contiguous int64 with 2 dimensions"),
+        ([(IDS, None, None)], r"parts\[0\].values: found int64 \[3\]; allowed: contiguous int64 or int32 with 2 dimensions"),
         ([(IDS, LENGTHS, None), (np.zeros((4, 4), np.int64)[:, ::2], None, None)], r"parts\[1\].values: .* not contiguous"),
         ([(IDS, LENGTHS, [1.0])], r"parts\[0\].weights: found list"),
         ([(IDS, LENGTHS, None)], "parts: incompatible"),

@@ -101,6 +101,18 @@ def test_a_table_of_another_dtype_is_refused(tmp_path: Path) -> None:
     refused(tmp_path, Small().double(), IDS, r"(?s)table table.weight: found torch.float64.*remedy: partition model.float")
 
 
+def test_tables_of_several_dtypes_are_refused(tmp_path: Path) -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Embedding(10, 4).half(), nn.Embedding(10, 4)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.first(ids) + self.second(ids)
+
+    refused(tmp_path, Mixed(), IDS, "table second.weight: found torch.float32; allowed: torch.float16, as the first table is")
+
+
 def test_two_outputs_of_one_name_are_refused(tmp_path: Path) -> None:
     model = Small(lambda self, ids: {1: self.table(ids), "1": self.top(self.table(ids))})
     refused(tmp_path, model, IDS, "returns outputs named 1, 1; allowed: every name once")

@@ -30,6 +30,14 @@ def rows_of_every_kind(dim: int) -> Tensor:
     )
 
 
+@pytest.mark.parametrize("row_format", [RowFormat.INT8, RowFormat.INT4])
+@pytest.mark.parametrize("dim", [1, 2, 3, 5, 64])
+def test_a_single_row_is_decoded_wherever_its_scale_lies(row_format: RowFormat, dim: int) -> None:
+    rows = rows_of_every_kind(dim)[:2]
+    both, one = (decode(encode(r, row_format), row_format, dim) for r in (rows, rows[:1]))
+    assert torch.equal(both[:1], one)
+
+
 @pytest.mark.parametrize("dim", [1, 2, 7, 64, 129])
 def test_int8_rows_are_fbgemms_byte_for_byte(dim: int) -> None:
     rows = rows_of_every_kind(dim)

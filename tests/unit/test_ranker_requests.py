@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -78,10 +78,10 @@ def output() -> tuple[TensorSpec, ...]:
     return (TensorSpec(name="score", dtype="float32", shape=(-1, 1)),)
 
 
-def fixed_reader() -> Reader:
+def fixed_reader(ids: Literal["int64", "int32"] = "int64") -> Reader:
     model = ModelSpec(
         name="m",
-        inputs=(TensorSpec(name="dense", dtype="float32", shape=(-1, 3)), TensorSpec(name="ids", dtype="int64", shape=(-1, 2))),
+        inputs=(TensorSpec(name="dense", dtype="float32", shape=(-1, 3)), TensorSpec(name="ids", dtype=ids, shape=(-1, 2))),
         features=tuple(FeatureSource(feature=f, source=FixedSource(input="ids", begin=i, end=i + 1)) for i, f in enumerate("ab")),
         dense=DenseProgram(file="dense.pt2", inputs=("dense",)),
         outputs=output(),
@@ -110,6 +110,8 @@ def test_a_single_id_matrix_is_looked_up_where_it_lies() -> None:
     incoming = fixed_reader().read(5, request)
     assert incoming.part[0] is request.arrays["ids"]
     assert (incoming.position, incoming.samples, list(incoming.inputs)) == (5, 2, ["dense"])
+    request.arrays["ids"] = request.arrays["ids"].astype(np.int32)
+    assert fixed_reader("int32").read(5, request).part[0] is request.arrays["ids"]
 
 
 def test_one_column_from_triton_is_an_input_without_columns() -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sidepool import _native
+
 MIB = 1 << 20
 # What is promised for a sidecar, without the constant that its code and buffers may take.
 FACTOR = 1.10
@@ -42,6 +44,31 @@ for i in range(count):  # every row once: nothing was lost between two slices
     assert _native.pool(tables, i, ids, np.ones(rows, np.int32), None, each)[0] == 0
     assert (each == ids[:, None]).all()
 """
+
+
+def test_ids_past_2_31_reach_their_rows(tmp_path: Path) -> None:
+    rows, dim = (1 << 31) + 5, 3
+    file = tmp_path / "rows"
+    with file.open("wb") as sparse:  # 26 GB of which the disk holds a page
+        sparse.truncate(rows * dim * 4)
+        sparse.seek((rows - 1) * dim * 4)
+        sparse.write(np.array([1, 2, 3], np.float32).tobytes())
+    tables = _native.TableSet(1, 1, 1)
+    tables.add_table_file(0, str(file), 0, rows, dim, "fp32", "error", 0)
+    tables.add_feature(0, 0, "sum", False)
+    tables.seal()
+    client = _native.LookupClient(
+        epoch=1, sidecars=1, spin_us=0, degrade=False, rows=np.array([rows]), dims=np.array([dim], np.int32), poolings=["sum"],
+        weighted=[False], out_of_range=["error"], sidecar_of_feature=np.zeros(1, np.int32),
+    )  # fmt: skip
+    client.attach_local(0, tables)
+    verdicts, timings = np.zeros((2, 5), np.int64), np.zeros((2, 6), np.int64)
+    out = np.full((3, dim), -1, np.float32)
+    parts = [(np.array([[rows - 1], [rows // 2]]), None, None), (np.array([[rows]]), None, None)]
+    assert client.lookup(parts, out, [], 60 * 10**9, 0, b"", verdicts, timings) == (0, -1)
+    client.close()
+    assert out.tolist() == [[1, 2, 3], [0, 0, 0], [0, 0, 0]]
+    assert verdicts[:, [0, 4]].tolist() == [[0, 0], [1, rows]]
 
 
 @pytest.mark.parametrize(("count", "megabytes"), [(1, 256), (50, 2.1)])
