@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
-from sidepool.wire.config import Frozen, load_yaml
+from sidepool.wire.config import FormatVersion, Frozen, load_yaml
 from sidepool.wire.errors import ConfigError
 from sidepool.wire.plan import Name
 
@@ -92,7 +92,7 @@ class Tls(_Documented):
 class SidecarConfig(_Documented):
     """One sidecar process."""
 
-    version: Annotated[int, Field(ge=1, le=1)] = 1
+    version: FormatVersion = 1
     """Version of this file's format."""
     name: Name
     """The name under which the plan knows this sidecar."""

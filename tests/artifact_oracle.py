@@ -55,6 +55,8 @@ class ArtifactOracle:
         if isinstance(source, FixedSource):
             ids = given[source.input]
             ids = ids.reshape(ids.shape[0], -1)[:, source.begin : source.end].long()
+            if feature.padding_index is not None:
+                return functional.embedding_bag(ids, table, mode=feature.pooling, padding_idx=feature.padding_index)
             rows = functional.embedding(ids, table)
             return {Pooling.NONE: rows, Pooling.SUM: rows.sum(1), Pooling.MEAN: rows.mean(1), Pooling.MAX: rows.amax(1)}[
                 feature.pooling
@@ -64,7 +66,13 @@ class ArtifactOracle:
         values, offsets = given[source.values].long(), given[source.offsets].long()
         last = source.include_last_offset
         return functional.embedding_bag(
-            values, table, offsets, mode=feature.pooling, per_sample_weights=weights, include_last_offset=last
+            values,
+            table,
+            offsets,
+            mode=feature.pooling,
+            per_sample_weights=weights,
+            include_last_offset=last,
+            padding_idx=feature.padding_index,
         )
 
     def program(self, file: str) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -24,6 +24,9 @@ class Frozen(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
+
+# Of every kind of file; a change that an older sidepool would misread gets a new number.
+FormatVersion = Literal[1]
 
 T = TypeVar("T", bound=Frozen)
 
@@ -59,8 +62,8 @@ def decode(data: Any, kind: type[T], *, where: str, error: type[SidepoolError] =
 
 
 def dump_yaml(value: Frozen) -> str:
-    """YAML text of `value`, keys in declaration order; `load_yaml` of it gives an equal value."""
-    text: str = yaml.safe_dump(value.model_dump(mode="json"), sort_keys=False, width=120)
+    """YAML text of `value`, keys in declaration order, None left out; `load_yaml` of it gives an equal value."""
+    text: str = yaml.safe_dump(value.model_dump(mode="json", exclude_none=True), sort_keys=False, width=120)
     return text
 
 

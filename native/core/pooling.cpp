@@ -97,9 +97,11 @@ int64_t hashed_row(int64_t id, int64_t rows) {
 }
 
 const std::byte* kernels::stand_in_row(PoolTask& task, int64_t id) {
+  if (uint64_t(id) < uint64_t(task.rows)) return nullptr;  // padding
   ++task.out_of_range;
   switch (task.policy) {
     case OutOfRange::error:
+      task.reason = Reason::id_out_of_range;
       task.value = id;
       return nullptr;
     case OutOfRange::zero:
@@ -112,13 +114,15 @@ const std::byte* kernels::stand_in_row(PoolTask& task, int64_t id) {
   return nullptr;
 }
 
-PoolTask pool_task(const Table& table, Pooling pooling, const BagInput& input, float* out, int64_t out_stride) {
+PoolTask pool_task(const Table& table, Pooling pooling, const BagInput& input, float* out, int64_t out_stride,
+                   int64_t padding_index) {
   PoolTask task{};
   task.base = table.base.load(std::memory_order_acquire);
   task.rows = table.rows;
   task.row_bytes = int64_t(row_bytes(table.format, table.dim));
   task.dim = table.dim;
   task.default_row = table.default_row;
+  task.padding_index = pooling == Pooling::none ? kNoPadding : padding_index;
   task.values = input.values;
   task.value_count = input.value_count;
   task.lengths = input.lengths;
@@ -154,8 +158,8 @@ Fault pool(PoolTask& task, Lookahead& ahead, PoolCounts& counts) {
 }
 
 Fault pool_feature(const Table& table, Pooling pooling, const BagInput& input, float* out, int64_t out_stride,
-                   PoolCounts& counts) {
-  PoolTask task = pool_task(table, pooling, input, out, out_stride);
+                   PoolCounts& counts, int64_t padding_index) {
+  PoolTask task = pool_task(table, pooling, input, out, out_stride, padding_index);
   Lookahead ahead(&task, 1);
   return pool(task, ahead, counts);
 }

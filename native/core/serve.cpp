@@ -75,7 +75,8 @@ Fault plan_work(const TableSet& tables, const ServeInput& input, std::vector<Poo
     const size_t block = block_bytes(feature, table.dim, request.header.batch, entry.value_count);
     if (block > input.payload_capacity - used)
       return {Status::rejected, Reason::too_large, int32_t(entry.feature), -1, int64_t(used + block)};
-    tasks.push_back(pool_task(table, feature.pooling, cursor.next(entry), reinterpret_cast<float*>(input.payload + used), table.dim));
+    tasks.push_back(pool_task(table, feature.pooling, cursor.next(entry), reinterpret_cast<float*>(input.payload + used), table.dim,
+                              feature.padding_index));
     work.push_back({feature.table, block});
     used += block;
   }

@@ -50,10 +50,13 @@ struct Table {
   int64_t default_row = 0;
 };
 
+constexpr int64_t kNoPadding = -1;
+
 struct Feature {
   int32_t table = -1;  // -1: not held here
   Pooling pooling = Pooling::sum;
   bool weighted = false;
+  int64_t padding_index = kNoPadding;  // the id that bags pass over, as torch's embedding_bag
 };
 
 class TableSet {
@@ -72,7 +75,8 @@ class TableSet {
   // Copies rows into anonymous memory with huge pages.
   void add_copy(int32_t table, const void* data, int64_t rows, int32_t dim, RowFormat format, OutOfRange policy,
                 int64_t default_row);
-  void add_feature(int32_t feature, int32_t table, Pooling pooling, bool weighted);
+  // padding_index: a row of the table, checked by seal().
+  void add_feature(int32_t feature, int32_t table, Pooling pooling, bool weighted, int64_t padding_index = kNoPadding);
   void seal();
   // Copies every mapped table into huge pages while lookups go on; returns bytes copied. One thread at a time, not
   // while the set is being destroyed.
