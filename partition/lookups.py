@@ -169,22 +169,21 @@ def _bag(captured: Captured, node: fx.Node, tables: dict[fx.Node, str]) -> Looku
         if weights is not None:
             return Lookup(node, output, tables[weight], table, Pooling.NONE, source, weights, padding)
         return Lookup(node, output, tables[weight], table, pooling, source, padding_index=padding)
-    source = _jagged(captured, node, values, offsets, weights, last)
-    return Lookup(node, output, tables[weight], table, pooling, source, padding_index=padding)
+    jagged = _jagged(captured, node, values, offsets, weights, last)
+    return Lookup(node, output, tables[weight], table, pooling, jagged, padding_index=padding)
 
 
 def _bag_arguments(node: fx.Node) -> dict[str, object]:
     """Arguments of an embedding-bag operator by name, whichever overload it is."""
     schema = node.target._schema.arguments  # type: ignore[union-attr]
-    given = dict(zip((a.name for a in schema), node.args, strict=False)) | dict(node.kwargs)
-    return given
+    return dict(zip((a.name for a in schema), node.args, strict=False)) | dict(node.kwargs)
 
 
 def _padding(node: fx.Node, found: object, table: Tensor) -> int | None:
     """The row whose ids an embedding bag passes over: counted from the end where negative, in the form that callers use."""
     if found is None or (packet(node) is not aten.embedding_bag and found == -1):  # inside torch, -1 stands for none
         return None
-    row = int(found)  # type: ignore[call-overload]
+    row: int = int(found)  # type: ignore[call-overload]
     return row + int(table.shape[0]) if row < 0 else row
 
 

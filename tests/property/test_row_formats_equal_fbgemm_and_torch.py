@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fbgemm import EmbeddingLocation, IntNBitTableBatchedEmbeddingBagsCodegen, PoolingMode, SparseType, needs_fbgemm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -17,13 +17,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from sidepool import _native
-
-pytest.importorskip("fbgemm_gpu", reason="fbgemm-gpu-cpu has wheels for x86-64 only", exc_type=ImportError)
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # FBGEMM registers operators that this build of torch has no device for
-    from fbgemm_gpu.split_embedding_configs import SparseType
-    from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation, PoolingMode
-    from fbgemm_gpu.split_table_batched_embeddings_ops_inference import IntNBitTableBatchedEmbeddingBagsCodegen
 
 FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 EPSILON = float(np.finfo(np.float32).eps)
@@ -135,6 +128,7 @@ def test_float_rows_pool_as_torch_pools_them(case: Case, row_format: str) -> Non
     case.check(found, case.torch(stored.float()), stored.float())
 
 
+@needs_fbgemm
 @settings(max_examples=120, deadline=None)
 @given(case=cases(DIMS))
 def test_int8_rows_pool_as_what_fbgemm_makes_of_them(case: Case) -> None:
@@ -143,6 +137,7 @@ def test_int8_rows_pool_as_what_fbgemm_makes_of_them(case: Case) -> None:
     torch.testing.assert_close(case.ours(stored.numpy(), "int8"), case.torch(table), rtol=1e-5, atol=1e-4)
 
 
+@needs_fbgemm
 @settings(max_examples=120, deadline=None)
 @given(case=cases(DIMS.map(lambda dim: dim + -dim % 4)))
 def test_int4_rows_pool_as_what_fbgemm_makes_of_them(case: Case) -> None:
@@ -166,14 +161,15 @@ def fbgemm_table(codes: Tensor, scale_bias: Tensor, kind: SparseType, dim: int, 
     return operator
 
 
+@needs_fbgemm
 @settings(max_examples=80, deadline=None)
-@given(case=cases(st.sampled_from([4, 32, 64, 100, 128])), kind=st.sampled_from([SparseType.INT8, SparseType.INT4]))
-def test_quantised_tables_answer_as_fbgemms_table_batched_operator(case: Case, kind: SparseType) -> None:
+@given(case=cases(st.sampled_from([4, 32, 64, 100, 128])), bits=st.sampled_from([8, 4]))
+def test_quantised_tables_answer_as_fbgemms_table_batched_operator(case: Case, bits: int) -> None:
     if case.pooling not in ("sum", "mean") or not len(case.lengths):
         return
     case.padding = None  # FBGEMM has none
-    dim = case.rows.shape[1]
-    if kind is SparseType.INT8:
+    dim, kind = case.rows.shape[1], SparseType.INT8 if bits == 8 else SparseType.INT4
+    if bits == 8:
         fused = torch.ops.fbgemm.FloatToFused8BitRowwiseQuantized(case.rows)
         codes, scale_bias = fused[:, :dim], fused[:, dim:].contiguous().view(torch.float32).half()
         stored = torch.cat((codes, scale_bias.float().view(torch.uint8)), dim=1)
@@ -184,5 +180,5 @@ def test_quantised_tables_answer_as_fbgemms_table_batched_operator(case: Case, k
     weights = None if case.weights is None else torch.from_numpy(case.weights)
     operator = fbgemm_table(codes, scale_bias, kind, dim, mode)
     wanted = operator(torch.from_numpy(case.values).int(), case.offsets.int(), weights)
-    found = case.ours(stored.numpy(), "int8" if kind is SparseType.INT8 else "int4")
+    found = case.ours(stored.numpy(), f"int{bits}")
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-3)

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
 import torch
+from fbgemm import needs_fbgemm
 from torch import Tensor
 
 from sidepool.partition.rows import RowError, decode, encode
 from sidepool.wire.plan import RowFormat
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # FBGEMM registers operators that this build of torch has no device for
-    import fbgemm_gpu  # noqa: F401
 
 
 def rows_of_every_kind(dim: int) -> Tensor:
@@ -30,6 +25,7 @@ def rows_of_every_kind(dim: int) -> Tensor:
     )
 
 
+@needs_fbgemm
 @pytest.mark.parametrize("dim", [1, 2, 7, 64, 129])
 def test_int8_rows_are_fbgemms_byte_for_byte(dim: int) -> None:
     rows = rows_of_every_kind(dim)
@@ -41,6 +37,7 @@ def test_int8_rows_are_fbgemms_byte_for_byte(dim: int) -> None:
     )
 
 
+@needs_fbgemm
 @pytest.mark.parametrize("dim", [4, 8, 64, 132])
 def test_int4_rows_are_fbgemms_byte_for_byte(dim: int) -> None:
     rows = rows_of_every_kind(dim)
