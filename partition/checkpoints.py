@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,8 @@ def _nothing(path: Path, state: Mapping[str, Any]) -> str:
 def _load(path: Path) -> Mapping[str, Any]:
     try:
         # Mapped, not read: a checkpoint may be larger than memory. `weights_only`: a checkpoint must not run code.
-        with torch.serialization.safe_globals(quantised.SAFE_GLOBALS):
+        with warnings.catch_warnings(), torch.serialization.safe_globals(quantised.SAFE_GLOBALS):
+            warnings.simplefilter("ignore")  # torch warns of the quantised tensors and storages that it makes itself
             state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as e:
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__

@@ -91,8 +91,9 @@ def _checked_rows(path: Path, keys: NDArray[np.int64]) -> int:
         odd = np.flatnonzero((chunk < 0) | (chunk >= limit))
         if len(odd):
             raise CutError(
-                f"{path}: key {int(chunk[odd[0]])} at position {begin + int(odd[0])}; allowed for {len(keys)} keys: 0 to {limit - 1}"
-                ", each once: ids are row numbers here\nremedy: number the keys densely, in the model's inputs too (docs/convert.md)"
+                f"{path}: key {int(chunk[odd[0]])} at position {begin + int(odd[0])}; allowed for {len(keys)} keys: 0 to "
+                f"{limit - 1}, each once: ids are row numbers here\n"
+                "remedy: number the keys densely, in the model's inputs too (docs/convert.md)"
             )
         highest = max(highest, int(chunk.max()))
     return highest + 1

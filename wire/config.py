@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
 
 from sidepool.wire.errors import ConfigError, SidepoolError
 
@@ -25,8 +26,15 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
+
+def _known_version(version: int) -> int:
+    if version != 1:
+        raise PydanticCustomError("format_version", "1 (another version of sidepool may read this file)")
+    return version
+
+
 # Of every kind of file; a change that an older sidepool would misread gets a new number.
-FormatVersion = Literal[1]
+FormatVersion = Annotated[int, AfterValidator(_known_version), Field(json_schema_extra={"const": 1})]
 
 T = TypeVar("T", bound=Frozen)
 
