@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
+from functools import partial
+from typing import Any, NoReturn
 
 # name -> (module, one line for --help)
 BENCHES = {
@@ -20,9 +22,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     benches = parser.add_subparsers(dest="bench", required=True, metavar="NAME")
     for name, (module, summary) in BENCHES.items():
         bench = benches.add_parser(name, help=summary, description=f"sidepool bench {name}: {summary}.")
-        loaded = importlib.import_module(module)
+        try:
+            loaded = importlib.import_module(module)
+        except ModuleNotFoundError as e:
+            # FBGEMM has no wheels for some machines: the other benchmarks run there all the same.
+            package = (e.name or "").partition(".")[0]
+            if package == "sidepool":
+                raise
+            bench.parse_known_args = partial(_refuse, bench, package)  # type: ignore[method-assign]
+            continue
         loaded.add_arguments(bench)
         bench.set_defaults(run_bench=loaded.run)
+
+
+def _refuse(bench: argparse.ArgumentParser, package: str, *_: Any) -> NoReturn:
+    bench.error(f"needs the package {package}, which is not installed (requirements.txt says where it can be)")
 
 
 def run(args: argparse.Namespace) -> int:

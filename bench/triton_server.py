@@ -156,21 +156,21 @@ class TritonServer:
                 )
             self._wait_ready()
         except BaseException:
-            self.stop()
+            self.stop(grace_s=0.0)  # nothing is being answered yet, and Triton ends its loading before it heeds a SIGTERM
             raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.stop()
 
-    def stop(self) -> None:
-        """End the server, then whatever is left of its process group, then its shared memory. Idempotent."""
+    def stop(self, grace_s: float = STOP_TIMEOUT_S) -> None:
+        """End the server, by force after `grace_s`, then what is left of its process group and its shared memory. Idempotent."""
         process, self._process = self._process, None
         if process is not None:
             try:
                 process.terminate()
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(STOP_TIMEOUT_S)
+                    process.wait(grace_s)
             finally:
                 _kill_group(process.pid)
                 process.wait()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -161,6 +163,8 @@ class EmbeddingClient:
             self._native.set_fixed_columns(np.ascontiguousarray(begins), np.ascontiguousarray(ends - begins))
         self._buffers = _Buffers()
         self._lanes = Lanes(self._native, plan, options)
+        # A client that nobody closes: its threads would hold native objects beyond the interpreter's end.
+        weakref.finalize(self, _close_forgotten, self._lanes, os.getpid())
         try:
             self._lanes.connect()
         except BaseException:
@@ -345,6 +349,12 @@ class EmbeddingClient:
 
     def _degraded(self, raw_timings: NDArray[np.int64]) -> tuple[str, ...]:
         return tuple(name for peer in self._native.degraded(raw_timings) for name in self._features_of_peer[peer])
+
+
+def _close_forgotten(lanes: Lanes, owner_pid: int) -> None:
+    """Close at the end of the client or of its process; a forked child must leave its parent's lanes alone."""
+    if os.getpid() == owner_pid:
+        lanes.close()
 
 
 def _columns(plan: Plan, fixed_columns: Sequence[tuple[int, int]] | None) -> list[tuple[int, int]]:

@@ -23,6 +23,9 @@ MESSAGE_MARGIN_BYTES = 1 << 20
 TAKE_S = 0.2
 # Trailing metadata in which a sidecar names the stable code of an error.
 CODE_KEY = "sidepool-code"
+# What gRPC says where the other end accepts and hangs up at the first bytes, as one that wants TLS does.
+_HUNG_UP = ("Socket closed", "Connection reset")
+TLS_HINT = " (this client speaks no TLS; the sidecar may want it: tls=, or tls_ca in a ranker's parameters)"
 
 _STATUS_OF_CODE = {
     "REJECTED": Status.REJECTED,
@@ -100,9 +103,10 @@ def sent_code(call: Any) -> str:
     return next((str(value) for key, value in call.trailing_metadata() or () if key == CODE_KEY), "")
 
 
-def fault_of(error: Any, peer: str) -> SidepoolError:
-    """The error of a failed control call to `peer`, with what the sidecar said."""
+def fault_of(error: Any, peer: str, *, plaintext: bool = False) -> SidepoolError:
+    """The error of a failed control call to `peer`, over a `plaintext` channel or TLS, with what the sidecar said."""
     code, details = sent_code(error), error.details() or ""
     if code:
         return error_with_code(code, f"{peer}: {details}")
-    return TransportError(f"{peer}: cannot be connected: {error.code().name.lower().replace('_', ' ')}: {details}")
+    hint = TLS_HINT if plaintext and any(words in details for words in _HUNG_UP) else ""
+    return TransportError(f"{peer}: cannot be connected: {error.code().name.lower().replace('_', ' ')}: {details}{hint}")

@@ -151,7 +151,7 @@ class Lanes:
         """Stop reconnecting, close every lane and channel. Idempotent."""
         self._stop.set()
         self._native.close()
-        if self._supervisor:
+        if self._supervisor and self._supervisor is not threading.current_thread():
             self._supervisor.join()
         for lane in self._grpc_lanes.values():
             lane.close()
@@ -217,7 +217,7 @@ class Lanes:
             else:
                 self._attach_native(sidecar, lane, reply, address, timeout_s)
         except grpc.RpcError as e:
-            raise fault_of(e, peer) from e
+            raise fault_of(e, peer, plaintext=self._credentials is None) from e
         except _native.NativeError as e:
             status, message = e.args
             raise error_for(status, f"{peer}: {lane} lane: {message}") from e

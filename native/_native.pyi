@@ -49,7 +49,9 @@ class TableSet:
         bf16: uint16 `[rows, dim]`, the upper halves of float32. int8, int4: uint8 `[rows, row bytes]` as
         docs/row-formats.md lays them out, and `dim`.
         """
-    def add_feature(self, feature: int, table: int, pooling: str, weighted: bool) -> None: ...
+    def add_feature(
+        self, feature: int, table: int, pooling: str, weighted: bool, padding_index: int | None = None
+    ) -> None: ...
     def seal(self) -> None: ...
     def set_memory(self, huge_pages: str, nodes: Sequence[int]) -> None:
         """Where copies lie from now on. huge_pages: transparent, hugetlb or off. nodes: NUMA nodes that rows are spread over page

@@ -429,7 +429,7 @@ nb::tuple pool_one(const PyTables& tables, int32_t feature, Array<int64_t> value
   const int64_t stride = rows > 1 ? out.stride(0) : table.dim;
   {
     nb::gil_scoped_release release;
-    fault = pool_feature(table, pooling, input, to, stride, counts, output);
+    fault = pool_feature(table, pooling, input, to, stride, counts, output, set.feature(feature).padding_index);
   }
   return nb::make_tuple(int(fault.status), int(fault.reason), fault.bag, fault.value);
 }
@@ -501,9 +501,10 @@ NB_MODULE(_native, m) {
               throw nb::value_error("rows: their bytes are not those of dim values in this row format");
             self.set->add_copy(table, rows.data(), int64_t(rows.shape(0)), dim, format, parse_out_of_range(policy), default_row);
           }, "table"_a, "rows"_a, "out_of_range"_a, "default_row"_a, "row_format"_a = "", "dim"_a = 0)
-      .def("add_feature", [](PyTables& self, int32_t feature, int32_t table, const std::string& pooling, bool weighted) {
-            self.set->add_feature(feature, table, as_pooling(pooling), weighted);
-          }, "feature"_a, "table"_a, "pooling"_a, "weighted"_a)
+      .def("add_feature", [](PyTables& self, int32_t feature, int32_t table, const std::string& pooling, bool weighted,
+                             std::optional<int64_t> padding_index) {
+            self.set->add_feature(feature, table, as_pooling(pooling), weighted, padding_index.value_or(kNoPadding));
+          }, "feature"_a, "table"_a, "pooling"_a, "weighted"_a, "padding_index"_a = nb::none())
       .def("seal", [](PyTables& self) { self.set->seal(); })
       .def("set_memory", [](PyTables& self, const std::string& huge_pages, const std::vector<int>& nodes) {
             self.set->set_memory({parse_huge_pages(huge_pages), nodes});

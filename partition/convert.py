@@ -7,12 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-from torch import Tensor
 
 from sidepool.partition.artifact import check_out_dir, make_sidecar_directory, replacing, tables_of
-from sidepool.partition.checkpoints import SourceTable, open_checkpoint
+from sidepool.partition.checkpoints import open_checkpoint
 from sidepool.partition.planning import make_plan
 from sidepool.partition.rows import RowError
 from sidepool.partition.shard_writer import write_shard
@@ -30,6 +28,8 @@ class Converted:
     plan: Plan
     row_errors: Mapping[str, RowError]
     """How far each table's rows are from the checkpoint's."""
+    absent_rows: Mapping[str, int]
+    """Rows of each table that the checkpoint does not have, and that are zero."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,14 +38,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "checkpoint",
         type=Path,
         nargs="+",
-        help="HPS directory (files key, emb_vector), directory of such, or state dict of TorchRec or FBGEMM (torch.save)",
+        help="HPS directory (files key, emb_vector), directory of such, or state dict of TorchRec, FBGEMM or torch.ao (torch.save)",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write; must be empty or not exist")
     parser.add_argument("--name", help="name of the model in the plan (default: the name of DIR)")
     parser.add_argument("--sidecars", type=int, default=1, metavar="N", help="number of sidecars (default: 1)")
     parser.add_argument("--address", action="append", metavar="HOST:PORT", help="control plane of a sidecar, once per sidecar")
     parser.add_argument(
-        "--row-format", choices=tuple(map(str, RowFormat)), default="fp32", help="how rows are stored (default: fp32)"
+        "--row-format",
+        choices=tuple(map(str, RowFormat)),
+        help="how rows are stored (default: as the checkpoint's where these are int8 or int4, else fp32)",
+    )
+    parser.add_argument(
+        "--packed-rows",
+        choices=("int8", "int4"),
+        help="take every uint8 matrix as rows of embedding_bag_byte_prepack (int8) or embedding_bag_4bit_prepack (int4)",
     )
     parser.add_argument(
         "--pooling",
@@ -71,15 +78,18 @@ def run(args: argparse.Namespace) -> int:
             name=args.name or args.out.resolve().name,
             sidecars=args.sidecars,
             addresses=args.address,
-            row_format=RowFormat(args.row_format),
+            row_format=args.row_format and RowFormat(args.row_format),
+            packed_rows=args.packed_rows and RowFormat(args.packed_rows),
             pooling=Pooling(args.pooling),
             epoch=args.epoch,
             progress=progress,
         )
     for table in converted.plan.tables:
         error = converted.row_errors[table.name]
+        absent = converted.absent_rows[table.name]
         print(
             f"{table.name}: [{table.rows}, {table.dim}] {table.row_format}, largest error {error.max_abs:.2e}, rms {error.rms:.2e}"
+            + (f", {absent} rows without a key are zero" if absent else "")
         )
     print(f"written to {args.out}")
     return 0
@@ -92,22 +102,30 @@ def convert(
     name: str,
     sidecars: int = 1,
     addresses: Sequence[str] | None = None,
-    row_format: RowFormat = RowFormat.FP32,
+    row_format: RowFormat | None = None,
+    packed_rows: RowFormat | None = None,
     pooling: Pooling = Pooling.SUM,
     epoch: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Converted:
     """Write plan and sidecar directories for all tables of `checkpoints`; one feature per table, of the same name.
 
+    row_format: default: the checkpoint's for quantised tables, whose rows are then only laid out anew, else fp32.
+    packed_rows: see `open_checkpoint`.
     Rows are streamed: memory holds one chunk of them (and, for HPS tables whose keys are not in order, 8 bytes per row).
     `progress(bytes written, bytes in all)` is called after every chunk. `out_dir` is complete at the end or absent.
     Raises `CutError` (what cannot be taken), `PlanError` (names, sidecars, addresses) and `ShardCorrupt` (truncated files).
     """
     check_out_dir(out_dir)
-    sources = [source for path in checkpoints for source in open_checkpoint(path)]
+    sources = [source for path in checkpoints for source in open_checkpoint(path, packed_rows)]
     by_name = {source.name: source for source in sources}
     tables = [
-        decode({"name": s.name, "rows": s.rows, "dim": s.dim, "row_format": str(row_format)}, Table, where=s.name, error=PlanError)
+        decode(
+            {"name": s.name, "rows": s.rows, "dim": s.dim, "row_format": str(row_format or s.row_format)},
+            Table,
+            where=s.name,
+            error=PlanError,
+        )
         for s in sources
     ]
     features = [Feature(name=s.name, table=s.name, pooling=pooling) for s in sources]
@@ -128,18 +146,10 @@ def convert(
                 shards = make_sidecar_directory(staging, sidecar)
                 files = []
                 for file, table in tables_of(plan, index):
-                    shard, errors[table.name] = write_shard(shards, file, table, _reader(by_name[table.name]), written)
+                    read = by_name[table.name].reader(table.row_format)
+                    shard, errors[table.name] = write_shard(shards, file, table, read, written)
                     files.append(shard)
                 save_manifest(ShardManifest(sidecar=sidecar.name, plan_fingerprint=plan.fingerprint, shards=tuple(files)), shards)
     except OSError as e:
         raise CutError(f"out: {out_dir} cannot be written: {e}") from e
-    return Converted(plan, errors)
-
-
-def _reader(source: SourceTable) -> Callable[[int, int], Tensor]:
-    def read(begin: int, end: int) -> Tensor:
-        rows = source.read(begin, end)
-        # A mapped file is read-only, which torch warns of.
-        return torch.from_numpy(rows if rows.flags.writeable else rows.copy())
-
-    return read
+    return Converted(plan, errors, {source.name: source.absent_rows for source in sources})

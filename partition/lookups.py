@@ -59,6 +59,8 @@ class Lookup:
     source: Columns | Jagged
     weights: fx.Node | None = None
     """Weights `[batch · ids]` of a fixed-width bag: its rows come back unpooled and the dense program reduces them."""
+    padding_index: int | None = None
+    """The id that bags pass over."""
 
     @property
     def dim(self) -> int:
@@ -161,37 +163,33 @@ def _bag(captured: Captured, node: fx.Node, tables: dict[fx.Node, str]) -> Looku
     arguments = _BAG_DEFAULTS | _bag_arguments(node)
     weight, values, offsets = (_node(arguments[k]) for k in ("weight", "indices", "offsets"))
     weights = None if arguments["per_sample_weights"] is None else _node(arguments["per_sample_weights"])
-    name, table = captured.states[weight][0], captured.states[weight][1]
+    table = captured.states[weight][1]
     pooling = _BAG_POOLING[int(arguments["mode"])]  # type: ignore[call-overload]
-    _check_padding(node, name, table, arguments["padding_idx"], pooling)
+    padding = _padding(node, arguments["padding_idx"], table)
     output = _only_result(node)
     last = bool(arguments["include_last_offset"])
     if constant_in((offsets,), captured):
         bag_ids = _fixed_bag_ids(captured, node, offsets, last)
         source = find_columns(captured, values, bag_ids)
         if weights is not None:
-            return Lookup(node, output, tables[weight], table, Pooling.NONE, source, weights)
-        return Lookup(node, output, tables[weight], table, pooling, source)
-    return Lookup(node, output, tables[weight], table, pooling, _jagged(captured, node, values, offsets, weights, last))
+            return Lookup(node, output, tables[weight], table, Pooling.NONE, source, weights, padding)
+        return Lookup(node, output, tables[weight], table, pooling, source, padding_index=padding)
+    jagged = _jagged(captured, node, values, offsets, weights, last)
+    return Lookup(node, output, tables[weight], table, pooling, jagged, padding_index=padding)
 
 
 def _bag_arguments(node: fx.Node) -> dict[str, object]:
     """Arguments of an embedding-bag operator by name, whichever overload it is."""
     schema = node.target._schema.arguments  # type: ignore[union-attr]
-    given = dict(zip((a.name for a in schema), node.args, strict=False)) | dict(node.kwargs)
-    return {name: value for name, value in given.items() if name != "padding_idx" or value not in (None, -1)}
+    return dict(zip((a.name for a in schema), node.args, strict=False)) | dict(node.kwargs)
 
 
-def _check_padding(node: fx.Node, name: str, table: Tensor, padding: object, pooling: Pooling) -> None:
-    """A padded id is left out of its bag; for a sum that is the same as a row of zeros, otherwise it is not."""
-    if padding is None:
-        return
-    row = int(padding)  # type: ignore[call-overload]
-    if pooling is not Pooling.SUM or bool(table[row].any()):
-        raise CutError(
-            f"{_where(node)}: found padding_idx {row} of {name} with mode {pooling}; allowed: mode sum and a row {row} of zeros\n"
-            f"remedy: leave padded ids out of the bags, or set {name}[{row}] to zero and use mode sum"
-        )
+def _padding(node: fx.Node, found: object, table: Tensor) -> int | None:
+    """The row whose ids an embedding bag passes over: counted from the end where negative, in the form that callers use."""
+    if found is None or (packet(node) is not aten.embedding_bag and found == -1):  # inside torch, -1 stands for none
+        return None
+    row: int = int(found)  # type: ignore[call-overload]
+    return row + int(table.shape[0]) if row < 0 else row
 
 
 def _only_result(node: fx.Node) -> fx.Node:

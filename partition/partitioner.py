@@ -102,6 +102,7 @@ def _plan(
             "table": x.table,
             "pooling": str(x.pooling),
             "weighted": isinstance(x.source, Jagged) and x.source.weights is not None,
+            "padding_index": x.padding_index if x.weights is None else None,
         }
         for f, x in zip(names, cut.lookups, strict=True)
     ]

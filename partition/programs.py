@@ -161,8 +161,8 @@ def _dense_program(captured: Captured, lookups: Sequence[Lookup]) -> tuple[Expor
     copier.anchor = pooled
     sequence_inputs = [copier.graph.placeholder(f"sequence_{i}") for i in range(len(sequences))]
     copier.copies = dict.fromkeys((x.output for x in lookups), pooled)  # stand-ins, so that the search stops there
-    weights = [x.weights for x in sequences if x.weights is not None]
-    found = copier.needed(*captured.outputs, *weights)
+    weighting = [node for x in sequences if x.weights is not None for node in _weighting(x)]
+    found = copier.needed(*captured.outputs, *weighting)
     inputs = tuple(n for n in captured.inputs if n in found)
     _check_dense_inputs(inputs, lookups)
     # Prefixed, since a model's own input may be called `pooled`.
@@ -241,13 +241,23 @@ def _unflattened(copier: _Copier, lookup: Lookup, sequence: fx.Node) -> fx.Node:
 
 
 def _weighted_sum(copier: _Copier, lookup: Lookup, sequence: fx.Node) -> fx.Node:
-    """Rows `[batch, ids, dim]` times weights `[batch · ids]`, summed over each bag."""
-    assert lookup.weights is not None
-    for node in copier.needed(lookup.weights):
+    """Rows `[batch, ids, dim]` times weights `[batch · ids]`, those of padded ids 0, summed over each bag."""
+    for node in copier.needed(*_weighting(lookup)):
         copier.copy(node)
-    weights = copier.graph.call_function(aten.reshape.default, (copier.copies[lookup.weights], [-1, 1, _bag_ids(lookup)]))
+    weights, *ids = (copier.copies[node] for node in _weighting(lookup))
+    if ids:
+        padded = copier.graph.call_function(aten.eq.Scalar, (ids[0], lookup.padding_index))
+        weights = copier.graph.call_function(aten.masked_fill.Scalar, (weights, padded, 0.0))
+    weights = copier.graph.call_function(aten.reshape.default, (weights, [-1, 1, _bag_ids(lookup)]))
     product = copier.graph.call_function(aten.bmm.default, (weights, sequence))
     return copier.graph.call_function(aten.squeeze.dim, (product, 1))
+
+
+def _weighting(lookup: Lookup) -> list[fx.Node]:
+    """What weights rows in the dense program: the weights and, to find padding among them, the ids."""
+    assert lookup.weights is not None
+    ids = lookup.node.all_input_nodes[1]
+    return [lookup.weights] if lookup.padding_index is None else [lookup.weights, ids]
 
 
 def _bag_ids(lookup: Lookup) -> int:

@@ -31,8 +31,8 @@ def write_shard(
 ) -> tuple[ShardFile, RowError]:
     """Write `file` for a whole table; returns its manifest entry and how far its rows are from those read.
 
-    read: gives float rows `[begin, end)`. written: is told the bytes of every block. Raises `CutError` for rows that hold
-    NaN or infinity once they are stored.
+    read: gives rows `[begin, end)`, float, or uint8 where they are stored rows already. written: is told the bytes of every
+    block. Raises `CutError` for rows that hold NaN or infinity once they are stored.
     """
     shard = ShardFile(table=table.name, file=file, rows=table.rows, dim=table.dim, row_format=table.row_format, crc32c=0)
     error, checksum = RowError(), 0
@@ -41,7 +41,7 @@ def write_shard(
         out.write(_header(shard))
         for begin in range(0, table.rows, step):
             rows = read(begin, min(begin + step, table.rows))
-            stored = encode(rows, table.row_format)
+            stored = rows if rows.dtype is torch.uint8 else encode(rows, table.row_format)
             _check_finite(table, begin, stored)
             if stored.dtype is not rows.dtype:
                 error = error.plus(rows, stored, table.row_format)

@@ -56,13 +56,19 @@ def _look_up(lookup: Lookup, inputs: dict[fx.Node, Tensor]) -> Tensor:
         last = source.include_last_offset
         mode = str(lookup.pooling)
         return functional.embedding_bag(
-            values, lookup.weight, offsets, mode=mode, per_sample_weights=weights, include_last_offset=last
+            values,
+            lookup.weight,
+            offsets,
+            mode=mode,
+            per_sample_weights=weights,
+            include_last_offset=last,
+            padding_idx=lookup.padding_index,
         )
     matrix = inputs[source.root]
     ids = matrix.reshape(matrix.shape[0], -1)[:, source.begin : source.end].long()
     if lookup.pooling is Pooling.NONE:
         return functional.embedding(ids, lookup.weight)
-    return functional.embedding_bag(ids, lookup.weight, mode=str(lookup.pooling))
+    return functional.embedding_bag(ids, lookup.weight, mode=str(lookup.pooling), padding_idx=lookup.padding_index)
 
 
 def _compare(captured: Captured, found: object, expected: tuple[Tensor, ...], unit: float, what: str) -> float:

@@ -17,7 +17,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from sidepool.wire.config import Frozen, load_yaml
+from sidepool.wire.config import FormatVersion, Frozen, load_yaml
 from sidepool.wire.errors import ConfigError
 from sidepool.wire.plan import Name
 
@@ -140,7 +140,7 @@ class Pool(_Documented):
 class SidecarConfig(_Documented):
     """One sidecar process."""
 
-    version: Annotated[int, Field(ge=1, le=1)] = 1
+    version: FormatVersion = 1
     """Version of this file's format."""
     name: Name
     """The name under which the plan knows this sidecar."""

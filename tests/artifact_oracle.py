@@ -8,10 +8,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
 
+from sidepool import _native
+from sidepool.sidecar.config import load_sidecar_config
+from sidepool.sidecar.loader import load
 from sidepool.wire.model import FixedSource, ModelSpec, load_model
 from sidepool.wire.plan import Plan, Pooling, load_plan
 from sidepool.wire.shards import load_manifest
@@ -55,6 +59,8 @@ class ArtifactOracle:
         if isinstance(source, FixedSource):
             ids = given[source.input]
             ids = ids.reshape(ids.shape[0], -1)[:, source.begin : source.end].long()
+            if feature.padding_index is not None:
+                return functional.embedding_bag(ids, table, mode=feature.pooling, padding_idx=feature.padding_index)
             rows = functional.embedding(ids, table)
             return {Pooling.NONE: rows, Pooling.SUM: rows.sum(1), Pooling.MEAN: rows.mean(1), Pooling.MAX: rows.amax(1)}[
                 feature.pooling
@@ -64,7 +70,13 @@ class ArtifactOracle:
         values, offsets = given[source.values].long(), given[source.offsets].long()
         last = source.include_last_offset
         return functional.embedding_bag(
-            values, table, offsets, mode=feature.pooling, per_sample_weights=weights, include_last_offset=last
+            values,
+            table,
+            offsets,
+            mode=feature.pooling,
+            per_sample_weights=weights,
+            include_last_offset=last,
+            padding_idx=feature.padding_index,
         )
 
     def program(self, file: str) -> Any:
@@ -84,3 +96,22 @@ def dequantised(rows: Tensor, row_format: str, dim: int) -> Tensor:
     if row_format == "int4":
         codes = np.stack((codes % 16, codes // 16), axis=2).reshape(len(codes), -1)[:, :dim]
     return torch.from_numpy((scale * codes + bias).astype(np.float32))
+
+
+def served(out: Path) -> dict[str, NDArray[np.float32]]:
+    """Every row of every table, as the sidecars of an artifact look them up."""
+    found: dict[str, NDArray[np.float32]] = {}
+    for path in sorted((out / "sidecars").glob("*/sidecar.yaml")):
+        config = load_sidecar_config(path)
+        published = load(config)
+        assert published is not None
+        plan = published.plan
+        for i, (feature, owner) in enumerate(zip(plan.features, plan.sidecar_of_table, strict=True)):
+            if plan.sidecars[owner].name != config.name:
+                continue
+            table = plan.tables[i]
+            rows = np.empty((table.rows, table.dim), np.float32)
+            ids, lengths = np.arange(table.rows), np.ones(table.rows, np.int32)
+            assert _native.pool(published.tables, i, ids, lengths, None, rows)[0] == 0
+            found[feature.name] = rows
+    return found

@@ -43,13 +43,16 @@ FEATURES = (
     Feature(name="summed", table="plain"),
     Feature(name="shared", table="plain", pooling=Pooling.MEAN),
     Feature(name="largest", table="half", pooling=Pooling.MAX),
-    Feature(name="watched", table="plain", pooling=Pooling.NONE),
+    Feature(name="watched", table="plain", pooling=Pooling.NONE, padding_index=5),
     Feature(name="scaled", table="half", weighted=True),
     Feature(name="averaged", table="wide", pooling=Pooling.MEAN, weighted=True),
     Feature(name="zeroed", table="zeroing"),
     Feature(name="defaulted", table="defaulting", pooling=Pooling.MEAN),
     Feature(name="hashed", table="hashing"),
     Feature(name="read", table="hashing", pooling=Pooling.NONE),
+    Feature(name="padded", table="defaulting", pooling=Pooling.MEAN, padding_index=7),
+    Feature(name="padded_largest", table="half", pooling=Pooling.MAX, padding_index=0),
+    Feature(name="padded_scaled", table="hashing", weighted=True, padding_index=10),
 )
 HELD_BY = {"plain": "left", "half": "right", "zeroing": "left", "defaulting": "right", "hashing": "right", "wide": "left"}
 
@@ -153,7 +156,8 @@ def expected(plan: Plan, rows: dict[str, NDArray[Any]], bags: Bags) -> tuple[NDA
     pooled, sequences, at = [], {}, 0
     for feature, table, lengths in zip(plan.features, plan.feature_tables, bags.lengths, strict=True):
         count = int(lengths.sum())
-        found = _rows_of(table, rows[table.name].astype(np.float32), bags.values[at : at + count])
+        ids = bags.values[at : at + count]
+        found = _rows_of(table, rows[table.name].astype(np.float32), ids)
         weights = bags.weights[at : at + count]
         at += count
         if feature.pooling is Pooling.NONE:
@@ -161,11 +165,14 @@ def expected(plan: Plan, rows: dict[str, NDArray[Any]], bags: Bags) -> tuple[NDA
             continue
         if feature.weighted:
             found = found * weights[:, None]
-        # Every id has its row already, so the bags index the found rows one after another; one more row keeps torch from
-        # refusing an empty table.
+        # Every id has its row already, so the bags index the found rows one after another; one more row is the padding, and
+        # keeps torch from refusing an empty table.
         weight = torch.from_numpy(np.concatenate([found, np.zeros((1, table.dim), np.float32)]))
         offsets = torch.from_numpy(np.cumsum(lengths, dtype=np.int64) - lengths)
-        bags_of = torch.nn.functional.embedding_bag(torch.arange(count), weight, offsets, mode=str(feature.pooling))
+        positions = torch.arange(count)
+        if feature.padding_index is not None:
+            positions[torch.from_numpy(ids == feature.padding_index)] = count
+        bags_of = torch.nn.functional.embedding_bag(positions, weight, offsets, mode=str(feature.pooling), padding_idx=count)
         pooled.append(bags_of.numpy())
     return np.concatenate(pooled, axis=1), sequences
 

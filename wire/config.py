@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
 
 from sidepool.wire.errors import ConfigError, SidepoolError
 
@@ -24,6 +25,16 @@ class Frozen(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
+
+
+def _known_version(version: int) -> int:
+    if version != 1:
+        raise PydanticCustomError("format_version", "1 (another version of sidepool may read this file)")
+    return version
+
+
+# Of every kind of file; a change that an older sidepool would misread gets a new number.
+FormatVersion = Annotated[int, AfterValidator(_known_version), Field(json_schema_extra={"const": 1})]
 
 T = TypeVar("T", bound=Frozen)
 
@@ -59,8 +70,8 @@ def decode(data: Any, kind: type[T], *, where: str, error: type[SidepoolError] =
 
 
 def dump_yaml(value: Frozen) -> str:
-    """YAML text of `value`, keys in declaration order; `load_yaml` of it gives an equal value."""
-    text: str = yaml.safe_dump(value.model_dump(mode="json"), sort_keys=False, width=120)
+    """YAML text of `value`, keys in declaration order, None left out; `load_yaml` of it gives an equal value."""
+    text: str = yaml.safe_dump(value.model_dump(mode="json", exclude_none=True), sort_keys=False, width=120)
     return text
 
 

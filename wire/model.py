@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from sidepool.wire.config import Frozen, dump_yaml, load_yaml
+from sidepool.wire.config import FormatVersion, Frozen, dump_yaml, load_yaml
 from sidepool.wire.errors import PlanError
 from sidepool.wire.plan import MAX_FEATURES, Name, Plan
 
@@ -83,7 +83,7 @@ class DenseProgram(Frozen):
 class ModelSpec(Frozen):
     """How a ranker turns the model's inputs into its outputs."""
 
-    version: Annotated[int, Field(ge=1, le=1)] = 1
+    version: FormatVersion = 1
     name: Name
     inputs: Annotated[tuple[TensorSpec, ...], Field(min_length=1)]
     """The original model's inputs, flattened, in call order."""

@@ -15,7 +15,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from sidepool.wire.config import Frozen, dump_yaml, load_yaml
+from sidepool.wire.config import FormatVersion, Frozen, dump_yaml, load_yaml
 from sidepool.wire.errors import PlanError
 
 # One row must fit a cache-friendly scratch line; the widest published embedding (4096) is far below.
@@ -107,6 +107,8 @@ class Feature(Frozen):
     pooling: Pooling = Pooling.SUM
     weighted: bool = False
     """Whether callers must give one float32 weight per id (`sum` and `mean` only)."""
+    padding_index: Annotated[int, Field(ge=0)] | None = None
+    """The id that bags pass over, as torch's `embedding_bag(padding_idx=)`; pooling `none` returns its row all the same."""
 
 
 class Shard(Frozen):
@@ -128,7 +130,7 @@ class SidecarAddress(Frozen):
 class Plan(Frozen):
     """The whole map. `validate_plan` must have accepted it before it is used (`load_plan` does that)."""
 
-    version: Annotated[int, Field(ge=1, le=1)] = 1
+    version: FormatVersion = 1
     epoch: Annotated[int, Field(ge=1, le=(1 << 63) - 1)]
     model: Name
     on_missing_shard: OnMissingShard = OnMissingShard.FAIL
@@ -174,7 +176,8 @@ class Plan(Frozen):
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over everything but addresses: two ends with the same epoch must also agree on this."""
-        content = self.model_dump_json(exclude={"sidecars": {"__all__": {"address"}}})
+        # What is not set is left out: a plan that does without a later property keeps its fingerprint.
+        content = self.model_dump_json(exclude={"sidecars": {"__all__": {"address"}}}, exclude_none=True)
         return hashlib.sha256(content.encode()).hexdigest()
 
 
@@ -211,6 +214,11 @@ def validate_plan(plan: Plan, *, where: str = "plan") -> None:
             raise PlanError(f"{where}: features.{i}.table: found {feature.table!r}; allowed: the name of a table of this plan")
         if feature.weighted and feature.pooling not in (Pooling.SUM, Pooling.MEAN):
             raise PlanError(f"{where}: features.{i}.weighted: found true with pooling {feature.pooling}; allowed: sum, mean")
+        rows = plan.tables[plan.table_index[feature.table]].rows
+        if feature.padding_index is not None and feature.padding_index >= rows:
+            raise PlanError(
+                f"{where}: features.{i}.padding_index: found {feature.padding_index}; allowed: 0 to {rows - 1}, a row of its table"
+            )
     shards: dict[str, list[Shard]] = {}
     for i, shard in enumerate(plan.shards):
         if shard.table not in plan.table_index:

@@ -110,7 +110,8 @@ def build_table_set(plan: Plan, directories: Iterable[Path], *, verify: bool = T
             held.add(shard.table)
     for i, feature in enumerate(plan.features):
         if feature.table in held:
-            tables.add_feature(i, plan.table_index[feature.table], feature.pooling, feature.weighted)
+            table = plan.table_index[feature.table]
+            tables.add_feature(i, table, feature.pooling, feature.weighted, feature.padding_index)
     tables.seal()
     return tables
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from sidepool.wire.config import Frozen, decode
+from sidepool.wire.config import FormatVersion, Frozen, decode
 from sidepool.wire.errors import ShardCorrupt
 from sidepool.wire.plan import MAX_DIM, MAX_ROWS, Name, RowFormat
 
@@ -44,7 +44,7 @@ class ShardFile(Frozen):
 class ShardManifest(Frozen):
     """Everything one sidecar holds."""
 
-    version: Annotated[int, Field(ge=1, le=1)] = 1
+    version: FormatVersion = 1
     sidecar: Name
     plan_fingerprint: str
     shards: tuple[ShardFile, ...]

@@ -20,7 +20,8 @@ void pool_avx512(PoolTask& task, Lookahead& ahead);
 void pool_neon(PoolTask& task, Lookahead& ahead);
 #endif
 
-// The address of the row that stands for an id outside the table, or null where none does; counts it.
+// For an id that is padding or outside the table: the address of the row that stands for it, or null where none does,
+// with task.reason set where the id is refused. Counts ids outside the table.
 const std::byte* stand_in_row(PoolTask& task, int64_t id);
 
 constexpr int64_t kLineBytes = 64;

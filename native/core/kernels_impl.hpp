@@ -28,6 +28,7 @@ class RowStream {
         values_(task.values),
         base_(task.base),
         rows_(uint64_t(task.rows)),
+        padding_(task.padding_index),
         row_bytes_(task.row_bytes),
         window_(task.rows_ahead),
         in_flight_(ahead.in_flight) {
@@ -50,7 +51,7 @@ class RowStream {
       fetched_.fetch(next_++);
     }
     const int64_t id = read_once(values_ + i);
-    if (uint64_t(id) < rows_) [[likely]]
+    if (uint64_t(id) < rows_ && id != padding_) [[likely]]
       return base_ + id * row_bytes_;
     return stand_in_row(task_, id);
   }
@@ -93,9 +94,10 @@ class RowStream {
     const int64_t* const values = values_;
     const std::byte* const base = base_;
     const uint64_t rows = rows_;
+    const int64_t padding = padding_;
     for (; i < stop; ++i) {
       const int64_t id = read_once(values + i);
-      if (uint64_t(id) >= rows) [[unlikely]]
+      if (uint64_t(id) >= rows || id == padding) [[unlikely]]
         break;
       fetch(i);
       use(i, base + id * kRowBytes);
@@ -163,6 +165,7 @@ class RowStream {
   const int64_t* const values_;
   const std::byte* const base_;
   const uint64_t rows_;
+  const int64_t padding_;
   const int64_t row_bytes_;
   const int64_t window_;
   int64_t in_flight_;
@@ -350,10 +353,10 @@ struct Bag {
   int64_t end;
 };
 
-// What to do at an id without a row: true to pass it over, false with task.reason set where it is refused.
+// What to do at an id without a row: true to pass it over, false where stand_in_row refused it.
 inline bool pass_over(PoolTask& task, const Bag& bag, int64_t& absent) {
-  if (task.policy == OutOfRange::error) {
-    refuse(task, Reason::id_out_of_range, bag.index, task.value);
+  if (task.reason != Reason::none) {
+    task.bag = bag.index;
     return false;
   }
   ++absent;

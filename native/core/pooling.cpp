@@ -75,9 +75,11 @@ int64_t hashed_row(int64_t id, int64_t rows) {
 }
 
 const std::byte* kernels::stand_in_row(PoolTask& task, int64_t id) {
+  if (uint64_t(id) < uint64_t(task.rows)) return nullptr;  // padding
   ++task.out_of_range;
   switch (task.policy) {
     case OutOfRange::error:
+      task.reason = Reason::id_out_of_range;
       task.value = id;
       return nullptr;
     case OutOfRange::zero:
@@ -91,13 +93,14 @@ const std::byte* kernels::stand_in_row(PoolTask& task, int64_t id) {
 }
 
 PoolTask pool_task(const Table& table, Pooling pooling, const BagInput& input, void* out, int64_t out_stride,
-                   OutputFormat output) {
+                   OutputFormat output, int64_t padding_index) {
   PoolTask task{};
   task.base = table.base.load(std::memory_order_acquire);
   task.rows = table.rows;
   task.row_bytes = int64_t(row_bytes(table.format, table.dim));
   task.dim = table.dim;
   task.default_row = table.default_row;
+  task.padding_index = pooling == Pooling::none ? kNoPadding : padding_index;
   task.values = input.values;
   task.value_count = input.value_count;
   task.lengths = input.lengths;
@@ -136,8 +139,8 @@ Fault fault_of(const PoolTask& task) {
 }
 
 Fault pool_feature(const Table& table, Pooling pooling, const BagInput& input, void* out, int64_t out_stride,
-                   PoolCounts& counts, OutputFormat output) {
-  PoolTask task = pool_task(table, pooling, input, out, out_stride, output);
+                   PoolCounts& counts, OutputFormat output, int64_t padding_index) {
+  PoolTask task = pool_task(table, pooling, input, out, out_stride, output, padding_index);
   Lookahead ahead(&task, 1);
   return pool(task, ahead, counts);
 }

@@ -33,6 +33,7 @@ struct PoolTask {
   int64_t row_bytes;
   int64_t dim;
   int64_t default_row;
+  int64_t padding_index;  // kNoPadding: none
   const int64_t* values;
   int64_t value_count;
   const int32_t* lengths;
@@ -57,7 +58,7 @@ struct PoolTask {
 
 // `out` gets values of `output`, at any alignment; rows begin `out_stride` values apart.
 PoolTask pool_task(const Table& table, Pooling pooling, const BagInput& input, void* out, int64_t out_stride,
-                   OutputFormat output = OutputFormat::fp32);
+                   OutputFormat output = OutputFormat::fp32, int64_t padding_index = kNoPadding);
 
 // Starts fetching rows ahead of their use, over all features of a request: it stands some rows in front of the
 // pooling, often in a later feature. Pass the same one to pool() for task after task, first to last.
@@ -73,19 +74,20 @@ struct Lookahead {
 // Pool one feature: `task.out` gets `[batch, dim]` rows `out_stride_bytes` apart (for `none`: `[value_count, dim]`).
 // Rows are added in fp32, in the order of their ids, and rounded to `output` when they are stored. Empty bags give zeros
 // (torch's embedding_bag); a `sum` bag of one id is an exact copy of its row. Weights multiply the rows of sum and mean,
-// and mean divides by the number of ids: Σ w·row ÷ count (not ÷ Σ w). max and none ignore them. Under policy `error` the first bad id stops with
-// Status::rejected, id_out_of_range, bag, id. Under `zero` a bad id is as if it were absent: it adds nothing to sum,
-// does not count for mean, cannot win max; `none` gives a row of zeros. Lengths that are negative or do not add up stop
-// with Status::rejected as well; nothing outside `out` is ever written, and what a stopped call left in `out` is
-// unspecified. A table that was never added gives Status::internal. `Fault::feature` is left to the caller. No
-// allocation, lock or system call.
+// and mean divides by the number of ids: Σ w·row ÷ count (not ÷ Σ w). max and none ignore them. Under policy `error` the
+// first bad id stops with Status::rejected, id_out_of_range, bag, id. Under `zero` a bad id is as if it were absent: it
+// adds nothing to sum, does not count for mean, cannot win max; `none` gives a row of zeros. So is an id that equals
+// `padding_index`, whatever the policy, but `none` gives its row; neither is counted in rows_read. Lengths that are
+// negative or do not add up stop with Status::rejected as well; nothing outside `out` is ever written, and what a stopped
+// call left in `out` is unspecified. A table that was never added gives Status::internal. `Fault::feature` is left to the
+// caller. No allocation, lock or system call.
 Fault pool(PoolTask& task, Lookahead& ahead, PoolCounts& counts);
 // What the call of pool() for this task returned.
 Fault fault_of(const PoolTask& task);
 
 // One feature alone.
 Fault pool_feature(const Table& table, Pooling pooling, const BagInput& input, void* out, int64_t out_stride,
-                   PoolCounts& counts, OutputFormat output = OutputFormat::fp32);
+                   PoolCounts& counts, OutputFormat output = OutputFormat::fp32, int64_t padding_index = kNoPadding);
 
 // The row an out-of-range id stands for under policy `hash`: the same function on every machine, for ever.
 int64_t hashed_row(int64_t id, int64_t rows);

@@ -85,8 +85,8 @@ Fault plan_features(const TableSet& tables, const ServeInput& input, Plan& plan)
     const size_t block = block_bytes(feature.pooling, table.dim, request.header.batch, entry.value_count, output);
     if (block > input.payload_capacity - used)
       return {Status::rejected, Reason::too_large, int32_t(entry.feature), -1, int64_t(used + block)};
-    plan.features.push_back(
-        pool_task(table, feature.pooling, cursor.next(entry), input.payload + used, table.dim, output));
+    plan.features.push_back(pool_task(table, feature.pooling, cursor.next(entry), input.payload + used, table.dim, output,
+                                      feature.padding_index));
     used += block;
     plan.ends.push_back(used);
   }

@@ -133,7 +133,7 @@ std::byte* TableSet::add_memory(int32_t index, size_t bytes) {
   return memory;
 }
 
-void TableSet::add_feature(int32_t index, int32_t table, Pooling pooling, bool weighted) {
+void TableSet::add_feature(int32_t index, int32_t table, Pooling pooling, bool weighted, int64_t padding_index) {
   const std::string where = "feature " + std::to_string(index);
   if (sealed_) throw Error(Status::plan, where + ": added after the set was sealed");
   if (index < 0 || index >= feature_count()) {
@@ -146,7 +146,7 @@ void TableSet::add_feature(int32_t index, int32_t table, Pooling pooling, bool w
   if (weighted && pooling != Pooling::sum && pooling != Pooling::mean) {
     throw Error(Status::plan, where + ": weighted: found with pooling max or none; allowed with: sum, mean");
   }
-  features_[size_t(index)] = {table, pooling, weighted};
+  features_[size_t(index)] = {table, pooling, weighted, padding_index};
 }
 
 void TableSet::seal() {
@@ -154,6 +154,11 @@ void TableSet::seal() {
     const int32_t table = features_[i].table;
     if (table >= 0 && tables_[size_t(table)].base.load(std::memory_order_relaxed) == nullptr) {
       throw Error(Status::plan, "feature " + std::to_string(i) + ": table " + std::to_string(table) + " was not added");
+    }
+    const int64_t padding = features_[i].padding_index;
+    if (table >= 0 && (padding < kNoPadding || padding >= tables_[size_t(table)].rows)) {
+      throw Error(Status::plan, "feature " + std::to_string(i) + ": padding_index: found " + std::to_string(padding) +
+                                    "; allowed: 0 to " + std::to_string(tables_[size_t(table)].rows - 1) + ", or -1 for none");
     }
   }
   sealed_ = true;

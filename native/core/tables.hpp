@@ -58,10 +58,13 @@ struct Table {
   std::atomic<int32_t> rows_ahead{0};
 };
 
+constexpr int64_t kNoPadding = -1;
+
 struct Feature {
   int32_t table = -1;  // -1: not held here
   Pooling pooling = Pooling::sum;
   bool weighted = false;
+  int64_t padding_index = kNoPadding;  // the id that bags pass over, as torch's embedding_bag
 };
 
 class TableSet {
@@ -80,7 +83,8 @@ class TableSet {
   // Copies rows into anonymous memory with huge pages.
   void add_copy(int32_t table, const void* data, int64_t rows, int32_t dim, RowFormat format, OutOfRange policy,
                 int64_t default_row);
-  void add_feature(int32_t feature, int32_t table, Pooling pooling, bool weighted);
+  // padding_index: a row of the table, checked by seal().
+  void add_feature(int32_t feature, int32_t table, Pooling pooling, bool weighted, int64_t padding_index = kNoPadding);
   void seal();
 
   // Where copies of rows lie from now on: before add_copy and promote. Error(plan) on a node that cannot be.

@@ -199,7 +199,7 @@ struct Expected {
   std::vector<double> magnitudes;  // Σ |w·row|: what rounding errors are relative to
 };
 
-Expected naive(const Rows& rows, Pooling pooling, const Bags& bags, bool weighted) {
+Expected naive(const Rows& rows, Pooling pooling, const Bags& bags, bool weighted, int64_t padding = kNoPadding) {
   const size_t out_rows = pooling == Pooling::none ? bags.values.size() : bags.lengths.size();
   Expected expected{std::vector<double>(out_rows * size_t(rows.dim)), std::vector<double>(out_rows * size_t(rows.dim))};
   for (int32_t c = 0; c < rows.dim; ++c) {
@@ -210,7 +210,9 @@ Expected naive(const Rows& rows, Pooling pooling, const Bags& bags, bool weighte
       double best = -std::numeric_limits<double>::infinity();
       int64_t count = 0;
       for (int32_t i = 0; i < bags.lengths[b]; ++i, ++position) {
-        const int64_t row = row_of(bags.values[position], rows.rows, rows.table.policy, rows.table.default_row);
+        const int64_t id = bags.values[position];
+        const bool padded = pooling != Pooling::none && padding != kNoPadding && id == padding;
+        const int64_t row = padded ? -1 : row_of(id, rows.rows, rows.table.policy, rows.table.default_row);
         const double x = row < 0 ? 0.0 : rows.at(row, c);
         if (pooling == Pooling::none) expected.values[position * size_t(rows.dim) + size_t(c)] = x;
         if (row < 0) continue;
@@ -234,21 +236,24 @@ Expected naive(const Rows& rows, Pooling pooling, const Bags& bags, bool weighte
 constexpr float kCanary = 12345.678f;
 
 // Pools, compares with the naive result and checks that nothing between the output rows was touched.
-void compare(const Rows& rows, Pooling pooling, const Bags& bags, bool weighted, const std::string& what) {
-  const Expected expected = naive(rows, pooling, bags, weighted);
+void compare(const Rows& rows, Pooling pooling, const Bags& bags, bool weighted, const std::string& what,
+             int64_t padding = kNoPadding) {
+  const Expected expected = naive(rows, pooling, bags, weighted, padding);
   const size_t out_rows = expected.values.size() / size_t(rows.dim);
   const size_t stride = size_t(rows.dim) + 3;
   std::vector<float> out(out_rows * stride + 16, kCanary);
   PoolCounts counts;
   const bool applies = weighted && (pooling == Pooling::sum || pooling == Pooling::mean);
-  const Expected& want = applies == weighted ? expected : naive(rows, pooling, bags, false);
-  const Fault fault = pool_feature(rows.table, pooling, bags.input(weighted), out.data(), int64_t(stride), counts);
+  const Expected& want = applies == weighted ? expected : naive(rows, pooling, bags, false, padding);
+  const Fault fault =
+      pool_feature(rows.table, pooling, bags.input(weighted), out.data(), int64_t(stride), counts, OutputFormat::fp32, padding);
   expect(fault.status == Status::ok && fault.reason == Reason::none, what + ": refused");
   int64_t outside = 0;
   int64_t absent = 0;
   for (const int64_t id : bags.values) {
     outside += id < 0 || id >= rows.rows;
-    absent += row_of(id, rows.rows, rows.table.policy, rows.table.default_row) < 0;
+    const bool padded = pooling != Pooling::none && padding != kNoPadding && id == padding;
+    absent += padded || row_of(id, rows.rows, rows.table.policy, rows.table.default_row) < 0;
   }
   expect(counts.out_of_range == outside, what + ": out_of_range");
   expect(counts.rows_read == int64_t(bags.values.size()) - absent, what + ": rows_read");
@@ -327,7 +332,9 @@ void pooling_equals_the_naive_definition_for_random_shapes() {
     const Pooling pooling = kPoolings[random_int(0, 3)];
     const Bags bags = random_bags(rows.rows, int32_t(random_int(0, 80)), int32_t(random_int(0, 40)));
     const bool weighted = random_int(0, 1) == 1;
-    compare(rows, pooling, bags, weighted, "random shape " + std::to_string(i));
+    // Row 0 and the last one are ids more often than others (random_bags).
+    const int64_t paddings[] = {kNoPadding, 0, rows.rows - 1, random_int(0, rows.rows - 1)};
+    compare(rows, pooling, bags, weighted, "random shape " + std::to_string(i), paddings[i % 4]);
     compare_narrow(rows, pooling, bags, weighted, "random shape " + std::to_string(i));
   }
 }
@@ -353,7 +360,8 @@ void ids_outside_a_table_follow_its_policy() {
         }
         for (const Pooling pooling : kPoolings) {
           compare(rows, pooling, bags, round % 2 == 1,
-                  "policy " + std::to_string(int(policy)) + " dim " + std::to_string(dim));
+                  "policy " + std::to_string(int(policy)) + " dim " + std::to_string(dim),
+                  round % 4 < 2 ? kNoPadding : rows.table.default_row);
         }
       }
     }
@@ -376,10 +384,13 @@ void the_first_bad_id_is_refused_with_its_bag() {
         // The walk above stops at the bag whose ids cover `bad`.
         std::vector<float> out(std::max(bags.values.size(), bags.lengths.size()) * size_t(dim) + 8, kCanary);
         PoolCounts counts;
-        const Fault fault = pool_feature(rows.table, pooling, bags.input(false), out.data(), dim, counts);
+        const int64_t padding = round % 4 < 2 ? kNoPadding : 0;
+        const int64_t padded =
+            pooling == Pooling::none ? 0 : std::count(bags.values.begin(), bags.values.begin() + bad, padding);
+        const Fault fault = pool_feature(rows.table, pooling, bags.input(false), out.data(), dim, counts, OutputFormat::fp32, padding);
         expect(fault.status == Status::rejected && fault.reason == Reason::id_out_of_range, "bad id: reason");
         expect(fault.bag == bag && fault.value == id, "bad id: bag and value");
-        expect(counts.out_of_range == 1 && counts.rows_read == bad, "bad id: counts");
+        expect(counts.out_of_range == 1 && counts.rows_read == bad - padded, "bad id: counts");
         for (size_t i = out.size() - 8; i < out.size(); ++i) expect(out[i] == kCanary, "bad id: wrote outside");
       }
     }
@@ -746,6 +757,11 @@ void set_up_refuses_what_cannot_work() {
   PoolCounts counts;
   expect(pool_feature(set.table(1), Pooling::sum, {}, out, 8, counts).status == Status::internal, "no such table");
   copy(1, 10, 8, 9)();
+  for (const int64_t padding : {-2, 10}) {
+    set.add_feature(0, 1, Pooling::sum, false, padding);
+    expect(refuses(Status::plan, [&] { set.seal(); }), "padding index that is no row");
+  }
+  set.add_feature(0, 1, Pooling::sum, false, 9);
   set.seal();
   expect(set.feature(1).table == -1, "a feature that was not added is not held");
   expect(refuses(Status::plan, [&] { set.add_feature(1, 0, Pooling::sum, false); }), "feature after seal");

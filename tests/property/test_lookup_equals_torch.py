@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lookup_world import Bags, World, expected, write_world
+from lookup_world import FEATURES, Bags, World, expected, write_world
 
 from sidepool.client import EmbeddingClient
 from sidepool.wire.errors import LookupRejected
@@ -30,7 +30,7 @@ def client(world: World) -> Iterator[EmbeddingClient]:
 
 
 @st.composite
-def parts(draw: st.DrawFn, features: int = 10) -> Bags:
+def parts(draw: st.DrawFn, features: int = len(FEATURES)) -> Bags:
     batch = draw(st.integers(0, 5))
     lengths = np.array(draw(st.lists(st.integers(0, 4), min_size=features * batch, max_size=features * batch)), np.int32)
     count = int(lengths.sum())

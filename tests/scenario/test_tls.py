@@ -57,8 +57,11 @@ def test_only_clients_with_a_certificate_of_the_authority_get_in(
         for lane in lanes:
             assert_answers(artifact, lane, known)
         for tls in refused.values():
-            with pytest.raises(TransportError, match=r"sidecar 'sc0' \(127\.0\.0\.1:\d+\): cannot be connected: unavailable"):
+            with pytest.raises(
+                TransportError, match=r"sidecar 'sc0' \(127\.0\.0\.1:\d+\): cannot be connected: unavailable"
+            ) as error:
                 EmbeddingClient.connect(artifact.plan, tls=tls)
+            assert ("may want it: tls=" in str(error.value)) == (tls is None)
         assert_answers(artifact, "shm", known)
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from fbgemm import needs_fbgemm
 
 from sidepool import _native
 from sidepool.__main__ import main
-from sidepool.bench import pool, pool_cases
+from sidepool.bench import pool_cases
 from sidepool.bench.pool_cases import Batch, Shape, encode, make_batches, make_traces
 from sidepool.bench.pool_report import Case, summarise
 
@@ -116,7 +119,10 @@ def test_ratios_means_and_scaling_follow_from_the_times() -> None:
     assert summary["two threads over one"] == {"geometric_mean": 2, "worst": 2}
 
 
+@needs_fbgemm
 def test_the_command_measures_everyone_and_writes_json_and_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sidepool.bench import pool
+
     shapes = (SMALL, Shape("other", rows=1000, dim=16, batch=2, ids=(2, 2)))
     monkeypatch.setattr(pool, "SHAPES", shapes)
     monkeypatch.setattr(pool_cases, "CYCLE_BYTES", 1 << 16)
@@ -128,3 +134,15 @@ def test_the_command_measures_everyone_and_writes_json_and_picture(tmp_path: Pat
         assert found["vs_fbgemm"] == pytest.approx(found["fbgemm_us"] / found["ours_us"], rel=0.05, abs=0.05)
         assert found["ceiling_us"] > 0
     assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_fbgemm_the_other_benchmarks_are_there_and_this_one_says_what_it_needs() -> None:
+    program = "import sys; sys.modules['fbgemm_gpu'] = None; from sidepool.__main__ import main; main(sys.argv[1:])"
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-W", "error", "-c", program, "bench", *words], capture_output=True, text=True)
+
+    assert run("lane", "--help").returncode == 0
+    refused = run("pool", "--quick")
+    assert refused.returncode == 2
+    assert "needs the package fbgemm_gpu, which is not installed" in refused.stderr

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from artifact_oracle import served
+from fbgemm import ComputeDevice, EmbeddingLocation, SplitTableBatchedEmbeddingBagsCodegen, needs_fbgemm
 from numpy.typing import NDArray
 
-from sidepool import _native
 from sidepool.__main__ import main
-from sidepool.partition import checkpoints, convert, shard_writer
+from sidepool.partition import convert, hps, shard_writer
 from sidepool.partition.checkpoints import open_checkpoint
-from sidepool.sidecar.config import load_sidecar_config
-from sidepool.sidecar.loader import load
 from sidepool.wire.errors import CutError, PlanError, ShardCorrupt
 from sidepool.wire.plan import load_plan
 
@@ -30,25 +28,6 @@ def write_hps(directory: Path, rows: NDArray[np.float32] = ROWS, keys: NDArray[n
     return directory
 
 
-def served(out: Path) -> dict[str, NDArray[np.float32]]:
-    """Every row of every table, as the sidecars of an artifact look them up."""
-    found: dict[str, NDArray[np.float32]] = {}
-    for path in sorted((out / "sidecars").glob("*/sidecar.yaml")):
-        config = load_sidecar_config(path)
-        published = load(config)
-        assert published is not None
-        plan = published.plan
-        for i, (feature, owner) in enumerate(zip(plan.features, plan.sidecar_of_table, strict=True)):
-            if plan.sidecars[owner].name != config.name:
-                continue
-            table = plan.tables[i]
-            rows = np.empty((table.rows, table.dim), np.float32)
-            ids, lengths = np.arange(table.rows), np.ones(table.rows, np.int32)
-            assert _native.pool(published.tables, i, ids, lengths, None, rows)[0] == 0
-            found[feature.name] = rows
-    return found
-
-
 def test_an_hps_table_whose_keys_are_in_order_is_taken_as_it_is(tmp_path: Path) -> None:
     source = write_hps(tmp_path / "users")
     convert.convert([source], tmp_path / "out", name="m")
@@ -58,7 +37,7 @@ def test_an_hps_table_whose_keys_are_in_order_is_taken_as_it_is(tmp_path: Path) 
 
 
 def test_the_rows_of_permuted_keys_go_where_their_keys_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoints, "CHUNK_KEYS", 7)
+    monkeypatch.setattr(hps, "CHUNK_KEYS", 7)
     monkeypatch.setattr(shard_writer, "CHUNK_BYTES", 6 * 4 * 9)
     keys = np.random.default_rng(1).permutation(50)
     source = write_hps(tmp_path / "users", ROWS[keys], keys)
@@ -84,15 +63,27 @@ def test_rows_are_rounded_to_half_precision_when_asked(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        (np.arange(1, 51), r"key: key 50 at position 49; allowed: 0 to 49, each once: ids are row numbers"),
+        (np.array([*range(49), 100]), r"key: key 100 at position 49; allowed for 50 keys: 0 to 99, each once: ids are row numbers"),
         (np.array([-1, *range(1, 50)]), "key -1 at position 0"),
-        (np.array([1, *range(1, 50)]), "key 0 is missing, another appears twice"),
+        (np.array([1, *range(1, 50)]), "key 1 appears twice"),
     ],
 )
 def test_keys_that_are_no_row_numbers_are_refused(tmp_path: Path, keys: NDArray[np.int64], message: str) -> None:
     with pytest.raises(CutError, match=message):
         convert.convert([write_hps(tmp_path / "users", keys=keys)], tmp_path / "out", name="m")
     assert not (tmp_path / "out").exists()
+
+
+def test_rows_of_absent_keys_are_zero_and_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    keys = np.random.default_rng(2).permutation(99)[:50]
+    keys[7] = 99
+    source = write_hps(tmp_path / "users", keys=keys)
+    assert main(["convert", str(source), "--out", str(tmp_path / "out")]) == 0
+    assert "users: [100, 6] fp32" in (said := capsys.readouterr().out)
+    assert "50 rows without a key are zero" in said
+    expected = np.zeros((100, 6), np.float32)
+    expected[keys] = ROWS
+    np.testing.assert_array_equal(served(tmp_path / "out")["users"], expected)
 
 
 @pytest.mark.parametrize(("file", "cut"), [("key", 3), ("key", 8), ("emb_vector", 2), ("emb_vector", 4), ("emb_vector", 1200)])
@@ -130,12 +121,8 @@ def test_the_tables_of_a_torchrec_state_dict_are_taken_and_dense_layers_are_not(
     np.testing.assert_array_equal(found["t_items"], items.float().numpy())
 
 
+@needs_fbgemm
 def test_the_flat_weights_of_fbgemm_are_split_into_its_tables(tmp_path: Path) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # FBGEMM's own, about optimizers that this build leaves out
-        from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation
-        from fbgemm_gpu.split_table_batched_embeddings_ops_training import ComputeDevice, SplitTableBatchedEmbeddingBagsCodegen
-
     specs = [(rows, dim, EmbeddingLocation.HOST, ComputeDevice.CPU) for rows, dim in ((50, 8), (7, 16))]
     # The third feature shares the first table.
     module = SplitTableBatchedEmbeddingBagsCodegen(specs, feature_table_map=[0, 1, 1])

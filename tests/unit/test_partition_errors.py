@@ -184,20 +184,6 @@ def test_jagged_ids_that_the_dense_half_reads_are_refused(tmp_path: Path) -> Non
     refused(tmp_path, model, (VALUES, OFFSETS), "dense program: needs 'inputs_1', the ids of a jagged feature")
 
 
-def test_padding_is_taken_where_it_means_zeros_and_refused_elsewhere(tmp_path: Path) -> None:
-    padded = nn.EmbeddingBag(10, 4, mode="sum", padding_idx=2)
-    model = Small(table=padded).eval()
-    report = partition_model(model, (IDS.unsqueeze(1).repeat(1, 2),), tmp_path / "padded", name="m", sidecars=1)
-    assert report.max_abs_error < 1e-6
-    refused_path = tmp_path / "refused"
-    refused_path.mkdir()
-    with torch.no_grad():
-        padded.weight[2] = 1.0
-    refused(refused_path, model, IDS.unsqueeze(1), r"(?s)found padding_idx 2 of table.weight with mode sum.*remedy: ")
-    mean = nn.EmbeddingBag(10, 4, mode="mean", padding_idx=2)
-    refused(refused_path, Small(table=mean), IDS.unsqueeze(1), "found padding_idx 2 of table.weight with mode mean")
-
-
 def test_renormalised_tables_are_refused(tmp_path: Path) -> None:
     refused(tmp_path, Small(table=nn.Embedding(10, 4, max_norm=0.1)), IDS, "writes to 'table.weight' in forward|cannot capture")
 

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
 import torch
+from fbgemm import needs_fbgemm
 from torch import Tensor
 
 from sidepool.partition.rows import RowError, decode, encode
 from sidepool.wire.plan import RowFormat
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # FBGEMM registers operators that this build of torch has no device for
-    import fbgemm_gpu  # noqa: F401
 
 
 def rows_of_every_kind(dim: int) -> Tensor:
@@ -38,6 +33,7 @@ def test_a_single_row_is_decoded_wherever_its_scale_lies(row_format: RowFormat, 
     assert torch.equal(both[:1], one)
 
 
+@needs_fbgemm
 @pytest.mark.parametrize("dim", [1, 2, 7, 64, 129])
 def test_int8_rows_are_fbgemms_byte_for_byte(dim: int) -> None:
     rows = rows_of_every_kind(dim)
@@ -49,6 +45,7 @@ def test_int8_rows_are_fbgemms_byte_for_byte(dim: int) -> None:
     )
 
 
+@needs_fbgemm
 @pytest.mark.parametrize("dim", [4, 8, 64, 132])
 def test_int4_rows_are_fbgemms_byte_for_byte(dim: int) -> None:
     rows = rows_of_every_kind(dim)
