@@ -367,7 +367,9 @@ void Engine::sleep() {
   // A ranker first publishes its bit, then reads `sleeping`; we first set `sleeping`, then read the bits. All four
   // accesses are in one total order: either we see the bit or the ranker rings. So it is with offers and their owners.
   page_->sleeping.store(1, std::memory_order_seq_cst);
-  poll_sockets(anything_pending() || board_.has_pieces(seat_) ? 0 : -1);
+  // The ring that came with `stopping_` may have been taken already, together with others.
+  const bool awaited = stopping_.load(std::memory_order_acquire) || anything_pending() || board_.has_pieces(seat_);
+  poll_sockets(awaited ? 0 : -1);
   page_->sleeping.store(0, std::memory_order_relaxed);
 }
 
