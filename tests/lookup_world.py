@@ -42,17 +42,14 @@ TABLES = (
 FEATURES = (
     Feature(name="summed", table="plain"),
     Feature(name="shared", table="plain", pooling=Pooling.MEAN),
-    Feature(name="largest", table="half", pooling=Pooling.MAX),
+    Feature(name="largest", table="half", pooling=Pooling.MAX, padding_index=0),
     Feature(name="watched", table="plain", pooling=Pooling.NONE, padding_index=5),
-    Feature(name="scaled", table="half", weighted=True),
+    Feature(name="scaled", table="half", weighted=True, padding_index=3),
     Feature(name="averaged", table="wide", pooling=Pooling.MEAN, weighted=True),
     Feature(name="zeroed", table="zeroing"),
-    Feature(name="defaulted", table="defaulting", pooling=Pooling.MEAN),
-    Feature(name="hashed", table="hashing"),
+    Feature(name="defaulted", table="defaulting", pooling=Pooling.MEAN, padding_index=7),
+    Feature(name="hashed", table="hashing", padding_index=10),
     Feature(name="read", table="hashing", pooling=Pooling.NONE),
-    Feature(name="padded", table="defaulting", pooling=Pooling.MEAN, padding_index=7),
-    Feature(name="padded_largest", table="half", pooling=Pooling.MAX, padding_index=0),
-    Feature(name="padded_scaled", table="hashing", weighted=True, padding_index=10),
 )
 HELD_BY = {"plain": "left", "half": "right", "zeroing": "left", "defaulting": "right", "hashing": "right", "wide": "left"}
 
