@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <memory>
-#include <numeric>
 #include <random>
 
 #include "clock.hpp"
@@ -119,10 +118,10 @@ class Race {
 
 }  // namespace
 
-// Rows begin `step` bytes apart within a line.
+// Rows begin `step` bytes apart within a line: the largest power of two that divides both.
 int32_t row_lines(const std::byte* base, int64_t row_bytes) {
-  const int64_t step = std::gcd(row_bytes, kernels::kLineBytes);
-  const int64_t last_begin = kernels::kLineBytes - step + int64_t(reinterpret_cast<uintptr_t>(base) % uintptr_t(step));
+  const int64_t step = (row_bytes | kernels::kLineBytes) & -(row_bytes | kernels::kLineBytes);
+  const int64_t last_begin = kernels::kLineBytes - step + int64_t(reinterpret_cast<uintptr_t>(base) & uintptr_t(step - 1));
   const int64_t lines = (last_begin + row_bytes + kernels::kLineBytes - 1) / kernels::kLineBytes;
   return int32_t(std::clamp(lines, int64_t(1), kMaxLinesPerRow));
 }
