@@ -200,6 +200,17 @@ void a_closing_sidecar_releases_its_waiters(const std::string& kind) {
   CHECK(odd.load() == 0);
 }
 
+// Told to stop at any moment, an engine that is about to sleep must not sleep through it.
+void engines_stop_whatever_they_are_about_to_do() {
+  std::mt19937 rng(11);
+  for (int round = 0; round < 400; ++round) {
+    SidecarServer server(2, uint32_t(round % 3) * 10, 8, 1 << 20);
+    const uint64_t until = now_ns() + rng() % 60'000;
+    while (now_ns() < until) cpu_pause();
+    server.close();
+  }
+}
+
 void draining_refuses_new_lookups() {
   Cluster cluster(1);
   LookupClient client(5, make_routes(1), 5, false);
@@ -528,6 +539,7 @@ int main() {
     tests.push_back({kind + ": steady state allocates nothing", [kind] { steady_state_allocates_nothing(kind); }});
     tests.push_back({kind + ": a thousand dead peers leave nothing", [kind] { dead_peers_leave_nothing(kind); }});
   }
+  tests.push_back({"engines stop whatever they are about to do", engines_stop_whatever_they_are_about_to_do});
   tests.push_back({"draining refuses new lookups", draining_refuses_new_lookups});
   tests.push_back({"lost sidecars degrade to zeros where asked", lost_sidecars_degrade_to_zeros_where_asked});
   tests.push_back({"reading is handed to who still waits", reading_is_handed_to_who_still_waits});
