@@ -295,7 +295,7 @@ void compare_narrow(const Rows& rows, Pooling pooling, const Bags& bags, bool we
       const double got = half ? half_value(found) : double(float_of(uint32_t(found) << 16));
       const bool too_large = half && std::fabs(want) >= 65520;
       nearest = nearest && (too_large ? std::isinf(got) && std::signbit(got) == std::signbit(want)
-                                      : std::fabs(got - want) <= std::fabs(want) * (half ? 0x1p-11 : 0x1p-9) +
+                                      : std::fabs(got - want) <= std::fabs(want) * (half ? 0x1p-11 : 0x1p-8) +
                                                                      (half ? 0x1p-25 : 0x1p-134));
     }
     expect(nearest, what + (output == OutputFormat::fp16 ? ": fp16 values" : ": bf16 values"));
@@ -696,12 +696,12 @@ bool refuses(Status status, const std::function<void()>& call) {
 
 void rows_past_2_31_of_tables_past_2_32_elements_are_found() {
   constexpr int64_t count = (int64_t(1) << 31) + 5;
-  for (const int32_t dim : {3, 64}) {
+  for (const int32_t dim : {3, 16}) {  // in memory and in registers, at every level
     for (const RowFormat format : kFormats) {
       const std::string what = std::string("far rows, ") + kFormatNames[int(format)] + " dim " + std::to_string(dim);
       const Rows last(1, dim, format);
       const size_t bytes = row_bytes(format, dim);
-      const RowFile file(last, 0);  // grows into holes: up to 550 GB of which the disk holds a few kilobytes
+      const RowFile file(last, 0);  // grows into holes: up to 137 GB, of which the disk holds a few kilobytes
       expect(truncate(file.path, off_t(count * int64_t(bytes))) == 0, what + ": a sparse file");
       const int fd = open(file.path, O_WRONLY | O_CLOEXEC);
       expect(pwrite(fd, last.data(), bytes, off_t((count - 1) * int64_t(bytes))) == ssize_t(bytes), what + ": last row");
