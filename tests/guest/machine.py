@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -10,7 +12,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -21,6 +22,11 @@ TIME_LIMIT, NO_REPORT, CANNOT = 124, 125, 77
 SIGNALLED = 128  # what a shell adds to the number of the signal that ended a command
 # Lines of the kernel's log that speak of a fault in it; the guest still reports the command's status.
 KERNEL_FAULTS = ("WARNING:", "BUG:", "Oops", "Call Trace", "refcount_t")
+
+
+def tell(line: str) -> None:
+    """Print a line at once, through a pipe too."""
+    print(line, flush=True)
 
 
 @dataclass(frozen=True)
@@ -40,16 +46,17 @@ class Guest:
 
     command: a bash command line, run in the repository root with the host's files visible (writes stay in the guest's
     memory). `$OUT` is an empty folder, copied to `out` (if any) at the end. limit_s covers boot and command. Each line that
-    the command prints, standard error included, goes to `show` from a thread.
+    the command prints, standard error included, goes to `show` from a thread. `verbs` is the tree with the verbs libraries.
     """
 
     command: str
     limit_s: float
     out: Path | None = None
-    show: Callable[[str], None] = partial(print, flush=True)
+    show: Callable[[str], None] = tell
     memory: str = "4G"  # of address space; QEMU takes what is touched
     cores: int = 2
     link: Link | None = None
+    verbs: Path = WORK / "image" / "sysroot"
     _share: Path = field(init=False)
     _process: subprocess.Popen[str] | None = field(init=False, default=None)
 
@@ -126,7 +133,7 @@ class Guest:
         arguments += ["-kernel", str(image / "vmlinuz"), "-initrd", str(image / "initrd.gz")]
         arguments += ["-append", "console=ttyS0 quiet panic=-1 mitigations=off nokaslr"]
         arguments += _files("host", Path("/"), "readonly=on,multidevs=remap")
-        arguments += _files("verbs", image / "sysroot", "readonly=on")
+        arguments += _files("verbs", self.verbs, "readonly=on")
         arguments += _files("share", self._share, "readonly=off")
         if self.link:
             ends = f"local.type=unix,local.path={self.link.own_socket},remote.type=unix,remote.path={self.link.peer_socket}"
@@ -141,14 +148,35 @@ class Guest:
         return status
 
     def _tell_kernel_faults(self) -> None:
-        faults = [line for line in (self._share / "dmesg").read_text(errors="replace").splitlines() if any(f in line for f in KERNEL_FAULTS)]
-        for line in faults:
-            print(f"guest: kernel: {line}", file=sys.stderr)
+        for line in (self._share / "dmesg").read_text(errors="replace").splitlines():
+            if any(fault in line for fault in KERNEL_FAULTS):
+                print(f"guest: kernel: {line}", file=sys.stderr)
 
 
-def set_up() -> int:
-    """Make the image where it is not fresh: 0, CANNOT (the reason is on standard error), or setup's own failure."""
-    return subprocess.run([HERE / "setup"], check=False).returncode
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options that `run` and `two_guests` have in common."""
+    parser.add_argument("--limit", type=float, default=300, metavar="SECONDS", help="for boot and command (default: 300)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where the files that the command leaves in $OUT are copied to")
+    parser.add_argument("--verbs", choices=("distribution", "current"), default="distribution", help="which verbs libraries")
+
+
+def set_up(verbs: str) -> Path:
+    """Make what is not fresh; the tree with these verbs libraries.
+
+    SystemExit with CANNOT, the reason on standard error, where it cannot be had; with set-up's own status where it fails.
+    """
+    for program, tree in {"setup": WORK / "image" / "sysroot", "setup_current": WORK / "current"}.items():
+        if status := subprocess.run([HERE / program], check=False).returncode:
+            sys.exit(status)
+        if verbs == "distribution":
+            break
+    return tree
+
+
+def end_on_signals() -> None:
+    """Let the signals that end a process run its `finally` clauses first."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda got, _: sys.exit(SIGNALLED + got))
 
 
 def _files(name: str, path: Path, options: str) -> list[str]:

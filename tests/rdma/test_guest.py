@@ -55,7 +55,9 @@ def test_a_thousand_writes_survive_a_cable_that_loses_every_twentieth_packet() -
 
 
 # With its own interface down, SoftRoCE's sender finds no route and fails at once; it does not retry.
-@pytest.mark.parametrize(("end", "status"), [("vB", ibv.IBV_WC_RETRY_EXC_ERR), ("vA", ibv.IBV_WC_LOC_QP_OP_ERR)], ids=["theirs", "ours"])
+@pytest.mark.parametrize(
+    ("end", "status"), [("vB", ibv.IBV_WC_RETRY_EXC_ERR), ("vA", ibv.IBV_WC_LOC_QP_OP_ERR)], ids=["theirs", "ours"]
+)
 def test_a_link_that_goes_down_ends_the_write_and_works_again_when_it_comes_up(end: str, status: int) -> None:
     with pair("rxeA", "rxeB", timeout=12, retries=2) as (a, b):
         b.post_receive(1)
@@ -67,7 +69,9 @@ def test_a_link_that_goes_down_ends_the_write_and_works_again_when_it_comes_up(e
     test_packets_between_two_devices_cross_the_cable()
 
 
-@pytest.mark.parametrize(("key", "to"), [(0x999, 0), (None, (1 << 20) - 10)], ids=["a key that is not theirs", "beyond their memory"])
+@pytest.mark.parametrize(
+    ("key", "to"), [(0x999, 0), (None, (1 << 20) - 10)], ids=["a key that is not theirs", "beyond their memory"]
+)
 def test_a_write_that_the_other_did_not_allow_is_refused_and_changes_nothing(key: int | None, to: int) -> None:
     with pair("rxeA", "rxeB") as (a, b):
         b.post_receive(1)

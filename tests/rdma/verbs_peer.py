@@ -1,6 +1,6 @@
 """An independent end of a reliable connection, on pyverbs: for tests that need a peer which shares no code with the core.
 
-Works with the pyverbs of rdma-core 44 and with later ones.
+Works with the pyverbs of rdma-core 44 and of 59.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ def _constants() -> SimpleNamespace:
         import pyverbs.libibverbs_enums as source
     found: dict[str, int] = {}
     for name, value in vars(source).items():
-        found.update({name: value} if name.startswith("IBV_") else {m.name: m.value for m in getattr(value, "__members__", {}).values()})
+        members = getattr(value, "__members__", {name: value})
+        found.update({key: int(member) for key, member in members.items() if key.startswith("IBV_")})
     return SimpleNamespace(**found)
 
 
@@ -132,7 +133,7 @@ class Peer:
         request.close()  # not freed otherwise
 
     def write(self, wr_id: int, payload: bytes, *, to: int, immediate: int, at: int = 0, key: int | None = None) -> None:
-        """Place `payload` in own memory at `at` and write it to the other's at `to`, both offsets in bytes; `key` instead of the other's."""
+        """Place `payload` in own memory at `at` and write it to the other's at `to`; `key` instead of the other's own."""
         assert self._other is not None, "connect first"
         self.memory[at : at + len(payload)] = np.frombuffer(payload, np.uint8)
         element = SGE(self._region.buf + at, len(payload), self._region.lkey)
