@@ -29,7 +29,7 @@ def test_everything_on_rdma_holds_in_a_guest_with_softroce(verbs: str, tmp_path:
 
 def test_a_failing_command_in_the_guest_is_told_with_its_output_and_leaves_nothing_behind(tmp_path: Path) -> None:
     run = [ROOT / "tests/guest/run", "--limit", "120", "--out", tmp_path, "echo said; echo kept > $OUT/file; exit 3"]
-    done = subprocess.run(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(run, capture_output=True, text=True, check=False)
     if done.returncode == CANNOT:
         pytest.skip(done.stderr.splitlines()[-1])
     assert (done.returncode, done.stdout, (tmp_path / "file").read_text()) == (3, "said\n", "kept\n")

@@ -17,6 +17,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 WORK = ROOT / "build" / "guest"
+# Verbs libraries and pyverbs of either generation, as trees to lay over the host's files.
+VERBS = {"distribution": WORK / "image" / "sysroot", "current": WORK / "current"}
 # Status codes beside the command's own: timeout(1)'s, env(1)'s for "it could not be run", automake's for "skipped".
 TIME_LIMIT, NO_REPORT, CANNOT = 124, 125, 77
 SIGNALLED = 128  # what a shell adds to the number of the signal that ended a command
@@ -56,7 +58,7 @@ class Guest:
     memory: str = "4G"  # of address space; QEMU takes what is touched
     cores: int = 2
     link: Link | None = None
-    verbs: Path = WORK / "image" / "sysroot"
+    verbs: Path = VERBS["distribution"]
     _share: Path = field(init=False)
     _process: subprocess.Popen[str] | None = field(init=False, default=None)
 
@@ -157,7 +159,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The options that `run` and `two_guests` have in common."""
     parser.add_argument("--limit", type=float, default=300, metavar="SECONDS", help="for boot and command (default: 300)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where the files that the command leaves in $OUT are copied to")
-    parser.add_argument("--verbs", choices=("distribution", "current"), default="distribution", help="which verbs libraries")
+    parser.add_argument("--verbs", choices=VERBS, default="distribution", help="which verbs libraries")
 
 
 def set_up(verbs: str) -> Path:
@@ -165,12 +167,10 @@ def set_up(verbs: str) -> Path:
 
     SystemExit with CANNOT, the reason on standard error, where it cannot be had; with set-up's own status where it fails.
     """
-    for program, tree in {"setup": WORK / "image" / "sysroot", "setup_current": WORK / "current"}.items():
+    for program in ("setup", "setup_current") if verbs == "current" else ("setup",):
         if status := subprocess.run([HERE / program], check=False).returncode:
             sys.exit(status)
-        if verbs == "distribution":
-            break
-    return tree
+    return VERBS[verbs]
 
 
 def end_on_signals() -> None:
