@@ -17,6 +17,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 WORK = ROOT / "build" / "guest"
+RUNS = WORK / "runs"  # what running guests share with the host; empty when none runs
 # Verbs libraries and pyverbs of either generation, as trees to lay over the host's files.
 VERBS = {"distribution": WORK / "image" / "sysroot", "current": WORK / "current"}
 # Status codes beside the command's own: timeout(1)'s, env(1)'s for "it could not be run", automake's for "skipped".
@@ -33,10 +34,11 @@ def tell(line: str) -> None:
 
 @dataclass(frozen=True)
 class Link:
-    """One end of the cable between two guests: datagrams over Unix sockets, so that no port is opened."""
+    """One end of the cable between two guests: datagrams over Unix sockets in `folder`, so that no port is opened."""
 
-    own_socket: Path
-    peer_socket: Path
+    folder: Path
+    own_socket: str
+    peer_socket: str
     own_address: str
     peer_address: str
     mac: str
@@ -64,8 +66,8 @@ class Guest:
 
     def start(self) -> None:
         """Boot. OSError where QEMU is not there."""
-        (WORK / "runs").mkdir(parents=True, exist_ok=True)
-        self._share = Path(tempfile.mkdtemp(dir=WORK / "runs"))
+        RUNS.mkdir(parents=True, exist_ok=True)
+        self._share = Path(tempfile.mkdtemp(dir=RUNS))
         (self._share / "out").mkdir()
         shutil.copy(HERE / "main", self._share / "main")
         (self._share / "command").write_text(self.command + "\n")
@@ -77,6 +79,7 @@ class Guest:
         # setpriv: QEMU ends with this process, even where that is killed.
         self._process = subprocess.Popen(
             ["setpriv", "--pdeathsig", "KILL", "qemu-system-x86_64", *self._arguments()],
+            cwd=self.link.folder if self.link else None,  # a socket's path has at most 107 bytes; so they go by name
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -175,7 +178,7 @@ def set_up(verbs: str) -> Path:
 
 def end_on_signals() -> None:
     """Let the signals that end a process run its `finally` clauses first."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda got, _: sys.exit(SIGNALLED + got))
 
 
