@@ -6,10 +6,10 @@ SHELL := /usr/bin/env bash
 BIN := .venv/bin
 VARIANT ?= both
 
-.PHONY: help venv setup native demo test check bench doctor clean
+.PHONY: help venv setup native demo test test-rdma check bench doctor clean
 
 help: ## show this list
-	@grep -E '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
+	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
 
 venv: ## make .venv from requirements.txt
 	@.ci/setup venv
@@ -29,6 +29,9 @@ check: setup ## lint and types
 test: check ## lint, types, native tests under sanitizers, all Python tests
 	.ci/native-tests
 	$(BIN)/pytest
+
+test-rdma: setup ## the verbs tests alone, in a SoftRoCE guest
+	$(BIN)/pytest tests/test_rdma_guest.py
 
 bench: setup ## latency and throughput beside a monolithic model
 	@$(BIN)/sidepool bench serve --json build/bench/serve.json

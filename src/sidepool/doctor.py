@@ -12,10 +12,23 @@ import platform
 import resource
 import shutil
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
+
+from sidepool.wire.rdma_devices import (
+    DEV,
+    MTUS_BYTES,
+    ROCE_HEADER_BYTES,
+    ROCE_V2,
+    SYS,
+    Device,
+    Port,
+    VerbsLimits,
+    rdma_devices,
+    verbs_limits,
+)
 
 State = Literal["ok", "limited", "absent"]
 
@@ -24,6 +37,8 @@ GIB = 1 << 30
 LOOKAHEAD_ROW_BYTES = (64, 128, 256, 512)
 # What Triton's documentation starts its containers with (--shm-size=1g); Docker's own default is 64 MB.
 WANTED_SHM_BYTES = GIB
+# A card has a GID per address and VLAN, up to hundreds; a line shows a few.
+SHOWN_GIDS = 3
 
 
 @dataclass(frozen=True)
@@ -53,7 +68,11 @@ def run(args: argparse.Namespace) -> int:
 
 def examine() -> list[Finding]:
     """Every finding, in the order in which it is printed. Imports torch, which takes a few seconds."""
-    return [check() for check in CHECKS]
+    found: list[Finding] = []
+    for check in CHECKS:
+        result = check()
+        found += result if isinstance(result, list) else [result]
+    return found
 
 
 def simd() -> Finding:
@@ -138,19 +157,74 @@ def lane_grpc() -> Finding:
     return Finding("lane grpc", "ok", f"grpcio {version}")
 
 
-def rdma(devices: Path = Path("/sys/class/infiniband"), library: str = "libibverbs.so.1") -> Finding:
-    """Looks for verbs devices and the library that drives them. This version has no rdma lane yet."""
-    names = sorted(p.name for p in devices.iterdir()) if devices.is_dir() else []
+def rdma(root: Path = SYS, dev: Path = DEV, library: str = "libibverbs.so.1") -> list[Finding]:
+    """Looks for verbs devices and the library that drives them; then every port."""
+    devices = rdma_devices(root)
     try:
         ctypes.CDLL(library)
-        loads = f"{library} loads"
+        loads = True
     except OSError:
-        loads = f"{library} is not installed"
-    if not names:
-        return Finding(
-            "RDMA", "absent", f"no device in {devices}; {loads}", "use the shm lane within a host, the tcp lane between hosts"
-        )
-    return Finding("RDMA", "limited", f"devices {', '.join(names)}; {loads}", "this version of sidepool has no rdma lane; use tcp")
+        loads = False
+    says = f"{library} {'loads' if loads else 'is not installed'}"
+    if not devices:
+        todo = "use the shm lane within a host, the tcp lane between hosts; for a card that should be here, see docs/rdma.md"
+        return [Finding("RDMA", "absent", f"no device in {root}/class/infiniband; {says}", todo)]
+    todo = "" if loads else "install rdma-core's libraries: apt-get install libibverbs1 ibverbs-providers"
+    summary = Finding("RDMA", "ok" if loads else "limited", f"{', '.join(device.name for device in devices)}; {says}", todo)
+    return [summary, *(finding for device in devices for finding in _rdma_ports(device, dev))]
+
+
+def _rdma_ports(device: Device, dev: Path) -> Iterator[Finding]:
+    """A finding for each port: link, packet size, addresses and, where pyverbs can be asked, limits."""
+    todo, limits = [], None
+    if device.verbs is None:
+        todo.append("load the kernel's user interface: modprobe ib_uverbs")
+    elif not os.access(dev / device.verbs, os.R_OK | os.W_OK):
+        todo.append(f"hand {dev / device.verbs} to this process: --device {dev} (Docker), an RDMA device plugin (Kubernetes)")
+    else:
+        try:
+            limits = verbs_limits(device)
+        except ImportError:
+            pass  # limits are told where they can be
+        except OSError as e:
+            todo.append(f"the device cannot be opened: {e}")
+    for port in device.ports:
+        mtu_bytes = limits.active_mtus_bytes[port.number] if limits else port.mtu_bytes
+        advice = "; ".join([*todo, *_port_advice(port, mtu_bytes)])
+        told = [port.link_layer, port.state, port.rate, f"MTU {mtu_bytes or 'unknown'}", _addresses(port)]
+        told.append("NUMA node unknown" if device.numa_node is None else f"NUMA node {device.numa_node}")
+        told.append(_limits(limits) if limits else "limits unknown without pyverbs")
+        yield Finding(f"{device.name}/{port.number}", "limited" if advice else "ok", ", ".join(told), advice)
+
+
+def _limits(limits: VerbsLimits) -> str:
+    queues = f"{limits.queue_pairs} queue pairs of {limits.requests_per_queue} requests"
+    return f"at most {queues}, {limits.registrations} registrations"
+
+
+def _port_advice(port: Port, mtu_bytes: int | None) -> Iterator[str]:
+    interfaces = " ".join(port.interfaces) or "its network interface"
+    if port.state != "ACTIVE":
+        ethernet = f"ip link set {interfaces} up; look at the cable and the switch's port"
+        yield ethernet if port.link_layer == "Ethernet" else "look at the cable, and for a subnet manager (opensm)"
+    if port.link_layer != "Ethernet":
+        return
+    if not any(gid.routable for gid in port.gids):
+        yield f"give {interfaces} an IP address: that makes a RoCE v2 GID"
+    if mtu_bytes is not None and mtu_bytes < MTUS_BYTES[-1]:
+        wanted = MTUS_BYTES[-1] + ROCE_HEADER_BYTES
+        yield f"set an MTU of {wanted} or more on {interfaces} and the switch: packets carry {mtu_bytes} of {MTUS_BYTES[-1]} bytes"
+
+
+def _addresses(port: Port) -> str:
+    """The GIDs that rankers and sidecars would use; how many others."""
+    if port.link_layer != "Ethernet":
+        return f"LID {port.lid:#x}"
+    best = [gid for gid in port.gids if gid.routable] or [gid for gid in port.gids if gid.type == ROCE_V2]
+    told = [f"{gid.type} GID {gid.index} {gid} on {gid.interface}" for gid in best[:SHOWN_GIDS]]
+    if len(port.gids) > len(told):
+        told.append(f"{len(port.gids) - len(told)} other GIDs")
+    return ", ".join(told) or "no GID"
 
 
 def torch() -> Finding:
@@ -244,7 +318,7 @@ def shared_memory(mount: Path = Path("/dev/shm")) -> Finding:
     return Finding("/dev/shm", "ok", found)
 
 
-CHECKS: tuple[Callable[[], Finding], ...] = (
+CHECKS: tuple[Callable[[], Finding | list[Finding]], ...] = (
     simd,
     transparent_huge_pages,
     reserved_huge_pages,
@@ -275,7 +349,8 @@ def _print(findings: list[Finding]) -> None:
 
     colours = {"ok": "green", "limited": "yellow", "absent": "red"}
     console = Console(soft_wrap=True)
+    width = max(len(f.name) for f in findings) + 1
     for f in findings:
-        console.print(Text.assemble((f"{f.state:<8}", colours[f.state]), (f"{f.name:<11}", "bold"), f.found))
+        console.print(Text.assemble((f"{f.state:<8}", colours[f.state]), (f"{f.name:<{width}}", "bold"), f.found))
         if f.todo:
-            console.print(Text(f"{'':<19}-> {f.todo}", style="dim"))
+            console.print(Text(f"{'':<{8 + width}}-> {f.todo}", style="dim"))

@@ -54,13 +54,6 @@ def test_the_memlock_limit_is_reported(monkeypatch: pytest.MonkeyPatch, limit: i
     assert doctor.memlock().state == state
 
 
-def test_rdma_is_absent_without_a_device_and_never_called_usable_in_this_version(tmp_path: Path) -> None:
-    assert doctor.rdma(tmp_path / "none", "libnosuch.so").state == "absent"
-    (tmp_path / "mlx5_0").mkdir()
-    found = doctor.rdma(tmp_path, "libnosuch.so")
-    assert (found.state, "mlx5_0" in found.found, "not installed" in found.found) == ("limited", True, True)
-
-
 def test_numa_nodes_are_shown_with_their_usable_cores(tmp_path: Path) -> None:
     for number, cpus in enumerate(("0-3", "4-7")):
         (tmp_path / f"node{number}").mkdir()

@@ -1,0 +1,67 @@
+"""One of two ends in two guests: each writes a pattern to the other and checks what the other wrote. Started by test_rdma_guest.py.
+
+Usage: write_across.py GUEST_ADDRESS PEER_ADDRESS
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import sys
+import time
+from dataclasses import asdict
+from typing import TextIO
+
+import numpy as np
+from verbs_peer import PATIENT_S, Address, Peer, ibv
+
+TCP_PORT = 7471  # on the guests' own network, where nothing else is
+SIZE_BYTES = 300_000
+
+
+def meet(own: str, other: str) -> socket.socket:
+    """The end with the lower address listens; the other may have started first, so it tries until someone is there."""
+    if own < other:
+        with socket.create_server((own, TCP_PORT)) as listening:
+            listening.settimeout(PATIENT_S)
+            return listening.accept()[0]
+    end = time.monotonic() + PATIENT_S
+    while True:
+        try:
+            return socket.create_connection((other, TCP_PORT), timeout=1)
+        except OSError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.1)
+
+
+def swap(wire: TextIO, own: object) -> dict[str, object]:
+    """Tell the other end something and hear the same from it; also where both ends wait for each other."""
+    wire.write(json.dumps(own) + "\n")
+    wire.flush()
+    heard: dict[str, object] = json.loads(wire.readline())
+    return heard
+
+
+def pattern(address: str) -> bytes:
+    """What the end at `address` writes."""
+    return np.random.default_rng(int(address.rpartition(".")[2])).bytes(SIZE_BYTES)
+
+
+def main(own: str, other: str) -> None:
+    with Peer("rxeN") as peer, meet(own, other) as connection, connection.makefile("rw") as wire:
+        connection.settimeout(PATIENT_S)
+        peer.connect(Address(**swap(wire, asdict(peer.address))))
+        peer.post_receive(1)
+        swap(wire, "receiving")
+        peer.write(2, pattern(own), to=SIZE_BYTES, immediate=7)
+        done = sorted((peer.completion(), peer.completion()), key=lambda completion: completion.wr_id)
+        assert [completion.status for completion in done] == [ibv.IBV_WC_SUCCESS] * 2, done
+        assert (done[0].immediate, done[0].length_bytes) == (7, SIZE_BYTES), done
+        assert peer.memory[SIZE_BYTES : 2 * SIZE_BYTES].tobytes() == pattern(other)
+        swap(wire, "done")
+    print(f"wrote {SIZE_BYTES} bytes to {other} and got its own")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
