@@ -23,6 +23,7 @@ from sidepool.client.trace import parse_traceparent
 from sidepool.wire.errors import LookupRejected, SidepoolError, Status, error_for
 from sidepool.wire.model import OutputDtype
 from sidepool.wire.plan import OnMissingShard, Plan, Pooling, load_plan, validate_plan
+from sidepool.wire.rdma import RdmaPath
 
 # Long enough for any healthy lookup (tens of milliseconds), short enough that a caller who gave no budget is not stuck.
 DEFAULT_DEADLINE_MS = 1000.0
@@ -103,16 +104,19 @@ class EmbeddingClient:
         fixed_columns: Sequence[tuple[int, int]] | None = None,
         name: str = "",
         verify: bool = True,
+        rdma: RdmaPath | None = None,
+        rdma_engines: int = 1,
     ) -> Self:
         """Connect to every sidecar of `plan` (or map its shards, with `lane="local"`).
 
-        lane: `shm` (same host), `tcp`, `grpc` (any network), `local` (the tables in this process, from `shards_dir`), or
-          `auto`: shm to sidecars of this host, tcp to the others.
+        lane: `shm` (same host), `tcp`, `rdma` (RoCE, InfiniBand), `grpc` (any network), `local` (the tables in this process,
+          from `shards_dir`), or `auto`: shm to sidecars of this host, tcp to the others.
         spin_us: microseconds a waiting lookup spins before it sleeps.
         shards_dir: local lane: shard directories, or one directory that holds them. `verify` compares their checksums.
         require_all: raise where a sidecar is down; False keeps trying in the background instead.
         fixed_columns: columns `[begin, end)` of each feature in the id matrices of `lookup_fixed`; default: feature i is column i.
         name: appears in the sidecars' logs.
+        rdma: device and path of the rdma lanes; rdma_engines: native threads that post and poll for them.
 
         Raises `TransportError` (a sidecar is down, named), `PlanError` (it serves another plan), `ShardCorrupt`, `ConfigError`.
         """
@@ -131,6 +135,8 @@ class EmbeddingClient:
             connect_timeout_s=connect_timeout_s,
             require_all=require_all,
             name=name,
+            rdma=rdma or RdmaPath(),
+            rdma_engines=rdma_engines,
         )
         return cls(plan, options, spin_us=spin_us, fixed_columns=fixed_columns)
 

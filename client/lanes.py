@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -20,14 +20,15 @@ import grpc
 
 from sidepool import _native
 from sidepool.client.grpc_lane import GrpcLane, fault_of
-from sidepool.wire.control_pb2 import ConnectReply, ConnectRequest
+from sidepool.wire.control_pb2 import ConnectReply, ConnectRequest, DescribeRequest
 from sidepool.wire.control_pb2_grpc import SidecarStub
 from sidepool.wire.errors import ConfigError, PlanError, SidepoolError, TransportError, error_for
 from sidepool.wire.plan import Plan
+from sidepool.wire.rdma import RdmaPath
 from sidepool.wire.shard_reader import build_table_set
 from sidepool.wire.shards import MANIFEST_FILE
 
-Lane = Literal["shm", "tcp", "grpc", "local", "auto"]
+Lane = Literal["shm", "tcp", "grpc", "rdma", "local", "auto"]
 
 # Retries begin well below a sidecar's restart time and never come further apart than lets lookups succeed again within
 # a second of its return.
@@ -39,6 +40,8 @@ RETRY_TIMEOUT_S = 0.5
 WATCH_S = 1.0
 # Connecting is one round trip; more threads than this gain nothing even for hundreds of sidecars.
 CONNECT_THREADS = 16
+# As many as a sidecar may have.
+MAX_RDMA_ENGINES = 256
 # What a sidecar takes as a client's name.
 MAX_NAME_CHARACTERS = 128
 
@@ -74,6 +77,8 @@ class LaneOptions:
     connect_timeout_s: float = 5.0
     require_all: bool = True
     name: str = ""
+    rdma: RdmaPath = field(default_factory=RdmaPath)
+    rdma_engines: int = 1
 
     def __post_init__(self) -> None:
         if self.lane not in get_args(Lane):
@@ -86,6 +91,8 @@ class LaneOptions:
             )
         if not self.connect_timeout_s > 0:
             raise ConfigError(f"connect_timeout_s: found {self.connect_timeout_s}; allowed: above 0")
+        if not 1 <= self.rdma_engines <= MAX_RDMA_ENGINES:
+            raise ConfigError(f"rdma_engines: found {self.rdma_engines}; allowed: 1 to {MAX_RDMA_ENGINES}")
 
     def peers(self, plan: Plan) -> list[str]:
         """What each native lane leads to, for messages."""
@@ -208,12 +215,17 @@ class Lanes:
                 wire_version=_native.WIRE_VERSION,
                 client=self._options.name[:MAX_NAME_CHARACTERS],
             )
+            offer = self._offer_rdma(stub, timeout_s) if lane == "rdma" else None
+            if offer is not None:
+                request.rdma = offer.end
             reply: ConnectReply = stub.Connect(request, timeout=timeout_s)
             if lane == "grpc":
                 if lost := self._grpc_lanes.pop(sidecar, None):
                     lost.close()
                 self._grpc_lanes[sidecar] = GrpcLane(self._native, sidecar, channel, stub, reply)
                 kept = True
+            elif offer is not None:
+                self._native.attach_rdma(sidecar, offer, reply.rdma)
             else:
                 self._attach_native(sidecar, lane, reply, address, timeout_s)
         except grpc.RpcError as e:
@@ -224,6 +236,12 @@ class Lanes:
         finally:
             if not kept:
                 channel.close()
+
+    def _offer_rdma(self, stub: SidecarStub, timeout_s: float) -> _native.RdmaOffer:
+        """This end of an rdma lane, with slots of the sidecar's sizes."""
+        sizes = stub.Describe(DescribeRequest(), timeout=timeout_s)
+        options, engines = self._options.rdma.native(), self._options.rdma_engines
+        return self._native.offer_rdma(options, engines, sizes.slots, sizes.request_bytes, sizes.response_bytes)
 
     def _attach_native(self, sidecar: int, lane: Lane, reply: ConnectReply, address: str, timeout_s: float) -> None:
         if lane == "shm":

@@ -123,6 +123,12 @@ class SidecarServer:
         """Accept tcp lanes; returns the bound port. `NativeError` names the address that is taken."""
     def expect(self, token: bytes, lane: str, slots: int, request_bytes: int, response_bytes: int, ttl_s: float) -> None:
         """Admit one lane (`shm` or `tcp`) that presents this 16-byte token within `ttl_s`. Slot sizes in bytes."""
+    def listen_rdma(self, options: dict[str, Any]) -> str:
+        """Admit rdma lanes; returns device, port and address found. `options`: `sidepool.sidecar.config.RdmaListen.native`."""
+    def connect_rdma(self, slots: int, request_bytes: int, response_bytes: int, peer: bytes) -> bytes:
+        """A lane for the ranker whose end is `peer` (docs/wire-format.md); returns this end. Raises `NativeError`."""
+    def migrate(self, lane: int, engine: int) -> None:
+        """Move a lane (its `id` in `stats`) to another engine; returns when the move has begun. Raises `NativeError` REJECTED."""
     def serve(self, frame: bytes) -> bytes:
         """Answer one request frame in the calling thread (the grpc lane): the response piece frames, concatenated."""
     def stats(self) -> dict[str, Any]:
@@ -133,6 +139,16 @@ class SidecarServer:
         """Subrequests queued or being served right now."""
     def close(self) -> None:
         """Close listeners and lanes, stop and join the engines. Idempotent."""
+
+class RdmaOffer:
+    """A ranker's end of an rdma lane, prepared and not connected; freed when dropped."""
+
+    @property
+    def end(self) -> bytes:
+        """What the sidecar needs to know (docs/wire-format.md)."""
+
+def rdma_unavailable() -> str:
+    """Empty where libibverbs was there at build time and is now; else what to do about it."""
 
 class LookupClient:
     """Routes lookups to lanes and merges what comes back. Thread-safe; any number of concurrent `lookup` calls.
@@ -152,6 +168,15 @@ class LookupClient:
     def attach_shm(self, sidecar: int, path: str, token: bytes, timeout_s: float) -> None:
         """Connect an shm lane to the Unix socket `path`; replaces a dead lane. Raises `NativeError`."""
     def attach_tcp(self, sidecar: int, host: str, port: int, token: bytes, timeout_s: float) -> None: ...
+    def offer_rdma(
+        self, options: dict[str, Any], engines: int, slots: int, request_bytes: int, response_bytes: int
+    ) -> RdmaOffer:
+        """Register this end of an rdma lane. The first call opens the device and starts `engines` threads for all lanes.
+
+        options: `sidepool.wire.rdma.RdmaPath.native`. Raises `NativeError`.
+        """
+    def attach_rdma(self, sidecar: int, offer: RdmaOffer, peer: bytes) -> None:
+        """Connect `offer` to the sidecar's end; replaces a dead lane. Raises `NativeError`."""
     def attach_external(self, sidecar: int, slots: int, request_bytes: int, response_bytes: int) -> None:
         """A lane whose frames Python carries (grpc): see `take` and `deliver`."""
     def take(self, sidecar: int, timeout_s: float) -> tuple[int, bytes, int] | None:
@@ -188,6 +213,11 @@ class LookupClient:
           row 1 + s is `CLIENT_TIMING_FIELDS` for sidecar s (the slowest chunk's times, bytes summed).
         Returns `(status, sidecar)`: status of the lookup as a whole (a failed sidecar's, else OK) and the sidecar at
         fault or -1. Under `degrade` a lost sidecar's features are zero and `degraded()` names them.
+        """
+    def repeat(self, ids: NDArray[np.int64], count: int, threads: int) -> int:
+        """Look the id matrix `[B, features]` up `count` times from `threads` native threads: nanoseconds for all (benchmarks).
+
+        Raises `NativeError` with the status of the first lookup that fails. Pooled features only.
         """
     def degraded(self, timings: NDArray[np.int64]) -> list[int]:
         """Sidecars whose features were filled with zeros in the lookup that wrote `timings`."""

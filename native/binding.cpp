@@ -1,4 +1,4 @@
-// The one file that knows Python: converts arguments and results, releases the GIL, decides nothing.
+// What knows Python, with binding_rdma.cpp: converts arguments and results, releases the GIL, decides nothing.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
@@ -6,6 +6,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include "binding_rdma.hpp"
 #include "client.hpp"
 #include "lookahead.hpp"
 #include "parent.hpp"
@@ -64,7 +65,7 @@ nb::dict server_stats(SidecarServer& server) {
   d["epoch"] = tables ? tables->epoch() : 0;
   nb::list engines, lanes, table_list;
   int64_t statuses[kStatusCount] = {};
-  std::vector<const Histogram*> queue, pool;
+  std::vector<const Histogram*> queue, pool, blackout;
   for (const auto& engine : server.engines()) {
     const EngineCounters& c = engine->counters();
     nb::dict e;
@@ -75,10 +76,13 @@ nb::dict server_stats(SidecarServer& server) {
     e["shed"] = c.shed.get();
     e["helped"] = c.helped.get();
     e["busy_ns"] = c.busy_ns.get();
+    e["moved"] = c.moved.get();
+    if (const RdmaDomain* rdma = engine->rdma()) e["rdma"] = rdma_counters(rdma->counters(), rdma->thread_domain());
     engines.append(e);
     for (size_t s = 0; s < kStatusCount; ++s) statuses[s] += c.statuses[s].get();
     queue.push_back(&c.queue);
     pool.push_back(&c.pool);
+    blackout.push_back(&c.blackout);
   }
   SidecarServer::Direct& direct = server.direct();
   std::vector<LaneStats> lane_stats = server.lane_stats();
@@ -86,12 +90,13 @@ nb::dict server_stats(SidecarServer& server) {
     std::lock_guard lock(direct.mutex);
     for (size_t s = 0; s < kStatusCount; ++s) statuses[s] += direct.counters.statuses[s].get();
     if (direct.lane.received.get() > 0)
-      lane_stats.push_back({"grpc", -1, direct.lane.received.get(), direct.lane.sent.get(), direct.lane.request_bytes.get(),
-                            direct.lane.response_bytes.get(), 0});
+      lane_stats.push_back({0, "grpc", -1, direct.lane.received.get(), direct.lane.sent.get(), direct.lane.request_bytes.get(),
+                            direct.lane.response_bytes.get(), 0, direct.counters.pool.sum_us() * 1000, 0, 0});
   }
   pool.push_back(&direct.counters.pool);
   for (const LaneStats& l : lane_stats) {
     nb::dict e;
+    e["id"] = l.id;
     e["kind"] = l.kind;
     e["engine"] = l.engine;
     e["received"] = l.received;
@@ -99,6 +104,9 @@ nb::dict server_stats(SidecarServer& server) {
     e["request_bytes"] = l.request_bytes;
     e["response_bytes"] = l.response_bytes;
     e["credit_waits"] = l.credit_waits;
+    e["busy_ns"] = l.busy_ns;
+    e["queued"] = l.queued;
+    e["queued_bytes"] = l.queued_bytes;
     lanes.append(e);
   }
   const auto sums = server.table_stats();
@@ -120,6 +128,7 @@ nb::dict server_stats(SidecarServer& server) {
   d["statuses"] = status_dict;
   d["queue_us"] = histogram(queue);
   d["pool_us"] = histogram(pool);
+  d["blackout_us"] = histogram(blackout);
   return d;
 }
 
@@ -139,6 +148,7 @@ nb::dict client_stats(LookupClient& client) {
     l["sidecar"] = s;
     l["alive"] = lane && !lane->dead();
     l["kind"] = lane ? lane->kind() : "";
+    l["lost"] = lane && lane->dead() ? lane->why_lost() : "";
     if (lane) {
       const auto& c = lane->counters();
       l["sent"] = c.sent.load();
@@ -150,6 +160,14 @@ nb::dict client_stats(LookupClient& client) {
     lanes.append(l);
   }
   d["lanes"] = lanes;
+  nb::list rdma;
+  if (const auto ranker = client.rdma())
+    for (const auto& engine : ranker->engines()) {
+      nb::dict e = rdma_counters(*engine.counters, engine.thread_domain);
+      e["lanes"] = engine.lanes;
+      rdma.append(e);
+    }
+  d["rdma"] = rdma;
   return d;
 }
 
@@ -545,8 +563,8 @@ NB_MODULE(_native, m) {
       .def("payload", [](const PreparedFrames& self) { return nb::bytes(self.payload().data(), self.payload().size()); })
       .def("__len__", &PreparedFrames::size);
 
-  nb::class_<SidecarServer>(m, "SidecarServer")
-      .def(nb::init<int, uint32_t, uint32_t, uint64_t, std::vector<std::vector<int>>>(), nb::kw_only(), "engines"_a, "spin_us"_a,
+  nb::class_<SidecarServer> server_class(m, "SidecarServer");
+  server_class.def(nb::init<int, uint32_t, uint32_t, uint64_t, std::vector<std::vector<int>>>(), nb::kw_only(), "engines"_a, "spin_us"_a,
            "max_lanes"_a, "max_frame_bytes"_a, "cpus"_a = std::vector<std::vector<int>>{})
       .def("publish", [](SidecarServer& self, const PyTables& tables) {
             if (!tables.set->sealed()) throw nb::value_error("tables: seal() them first");
@@ -571,8 +589,8 @@ NB_MODULE(_native, m) {
       .def("in_flight", &SidecarServer::in_flight)
       .def("close", &SidecarServer::close, nb::call_guard<nb::gil_scoped_release>());
 
-  nb::class_<LookupClient>(m, "LookupClient")
-      .def(nb::new_(&make_client), nb::kw_only(), "epoch"_a, "sidecars"_a, "spin_us"_a, "degrade"_a, "rows"_a, "dims"_a, "poolings"_a,
+  nb::class_<LookupClient> client_class(m, "LookupClient");
+  client_class.def(nb::new_(&make_client), nb::kw_only(), "epoch"_a, "sidecars"_a, "spin_us"_a, "degrade"_a, "rows"_a, "dims"_a, "poolings"_a,
            "weighted"_a, "out_of_range"_a, "sidecar_of_feature"_a)
       .def("set_fixed_columns", [](LookupClient& self, Array<int32_t> begins, Array<int32_t> widths) {
             const size_t n = self.routes().features.size();
@@ -635,4 +653,5 @@ NB_MODULE(_native, m) {
           }, "timings"_a)
       .def("stats", &client_stats)
       .def("close", &LookupClient::close, nb::call_guard<nb::gil_scoped_release>());
+  bind_rdma(m, server_class, client_class);
 }

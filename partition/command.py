@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--lane",
-        choices=("shm", "tcp", "grpc", "local", "auto"),
+        choices=("shm", "tcp", "grpc", "rdma", "local", "auto"),
         default="shm",
         help="how the ranker reaches the tables; local: it maps them itself, without sidecars (default: shm)",
     )

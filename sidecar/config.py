@@ -20,6 +20,7 @@ from pydantic_core import PydanticCustomError
 from sidepool.wire.config import FormatVersion, Frozen, load_yaml
 from sidepool.wire.errors import ConfigError
 from sidepool.wire.plan import Name
+from sidepool.wire.rdma import RdmaPath
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 # sockaddr_un has 108 bytes with the terminating zero; a longer path cannot be bound on Linux.
@@ -91,6 +92,22 @@ class _Documented(Frozen):
     model_config = ConfigDict(use_attribute_docstrings=True)
 
 
+class RdmaListen(_Documented):
+    """The rdma lane."""
+
+    path: RdmaPath = RdmaPath()
+    """Device and path."""
+    piece_bytes: Annotated[int, Field(ge=4 * KIB, le=64 * MIB)] = 256 * KIB
+    """Responses leave in writes of about this size while pooling goes on: large enough that a work request is a small part of
+    its cost, small enough to overlap with the next tables (`sidepool bench rdma` measures it)."""
+    credits: Literal["dedicated", "piggybacked"] = "dedicated"
+    """How credits travel: on queue pairs of their own, where bulk data cannot delay them, or in frames."""
+
+    def native(self) -> dict[str, Any]:
+        """As `sidepool._native` takes it."""
+        return {**self.path.native(), "piece_bytes": self.piece_bytes, "piggyback": self.credits == "piggybacked"}
+
+
 class Listen(_Documented):
     """Where the sidecar listens. Only loopback unless another address is written down: the data lanes carry no encryption."""
 
@@ -101,6 +118,9 @@ class Listen(_Documented):
     unix: SocketPath | None = None
     """Path of the Unix socket over which shm lanes are handed out. null: a socket in a private directory (mode 0700) made at
     start and removed at exit. Give a path on a shared volume when ranker and sidecar are two containers of one pod."""
+    rdma: RdmaListen | None = None
+    """The rdma lane; null: off. Its slots are registered, so every lane pins slots * (request_slot_bytes + response_slot_bytes)
+    of memory for as long as it is open."""
     metrics: Endpoint | None = "127.0.0.1:0"
     """The Prometheus endpoint, `host:port`; null switches it off. The port is in the ready line."""
 
@@ -153,9 +173,12 @@ class SidecarConfig(_Documented):
     tls: Tls | None = None
     """TLS for the control plane (grpc lane included). null: plain text, fit for loopback and for meshes that encrypt themselves."""
     engines: Annotated[int, Field(ge=1, le=256)] = 1
-    """Native threads that serve the tcp and shm lanes. One gathers about as fast as one core can read memory; add engines when
-    `engine_busy_seconds_total` nears 1 per second, up to the cores that rankers on the same machine leave free. Those with nothing
-    to do help with large lookups of the others, so more engines also make one large lookup faster."""
+    """Native threads that serve the tcp, shm and rdma lanes. One gathers about as fast as one core can read memory; add engines
+    when `engine_busy_seconds_total` nears 1 per second, up to the cores that rankers on the same machine leave free. Those with
+    nothing to do help with large lookups of the others, so more engines also make one large lookup faster."""
+    balance: bool = True
+    """Move rdma and tcp lanes from an engine that is busy more than 70 % of the time to the least busy one, while requests flow.
+    Nothing to do with one engine."""
     spin_us: Annotated[int, Field(ge=0, le=1_000_000)] = 5
     """Microseconds an idle engine spins before it sleeps. An idle spinning engine steals its core from a ranker beside it, so the
     default only bridges the gap between the pieces of one lookup. Where engines have cores of their own, 50 saves the 10 to

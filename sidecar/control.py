@@ -62,6 +62,9 @@ class ControlServicer(control_pb2_grpc.SidecarServicer):
             simd=_native.simd_level(),
             engines=self._config.engines,
             state=self._serving.state,
+            slots=self._config.slots,
+            request_bytes=self._config.request_slot_bytes,
+            response_bytes=self._config.response_slot_bytes,
         )
         if published is not None:
             plan = published.plan
@@ -84,8 +87,10 @@ class ControlServicer(control_pb2_grpc.SidecarServicer):
         config = self._config
         slots = min(request.slots or config.slots, config.slots)
         sizes = (config.request_slot_bytes, config.response_slot_bytes)
-        token = b""
-        if request.lane != "grpc":  # its frames come through Lookup: nobody presents a token
+        token = rdma = b""
+        if request.lane == "rdma":  # everything that a token would lead to is in the call already
+            rdma = self._serving.server.connect_rdma(slots, *sizes, request.rdma)
+        elif request.lane != "grpc":  # its frames come through Lookup: nobody presents a token
             token = secrets.token_bytes(TOKEN_BYTES)
             self._serving.server.expect(token, request.lane, slots, *sizes, TOKEN_TTL_S)
         logs.info("lane admitted", lane=request.lane, client=request.client, peer=context.peer(), slots=slots)
@@ -95,6 +100,7 @@ class ControlServicer(control_pb2_grpc.SidecarServicer):
             slots=slots,
             request_bytes=sizes[0],
             response_bytes=sizes[1],
+            rdma=rdma,
         )
 
     @translated
@@ -110,6 +116,12 @@ class ControlServicer(control_pb2_grpc.SidecarServicer):
         self._serving.begin_drain()
         timeout_s = request.timeout_s or self._config.drain_timeout_s
         return control_pb2.DrainReply(drained=self._serving.wait_idle(timeout_s, given_up=lambda: not context.is_active()))
+
+    @translated
+    def Migrate(self, request: control_pb2.MigrateRequest, context: grpc.ServicerContext) -> control_pb2.MigrateReply:
+        self._serving.server.migrate(request.lane, request.engine)
+        logs.info("lane moves", lane=request.lane, target=request.engine, peer=context.peer())
+        return control_pb2.MigrateReply()
 
     @translated
     def Lookup(self, request: control_pb2.LookupFrame, context: grpc.ServicerContext) -> control_pb2.LookupFrames:

@@ -13,6 +13,7 @@ from types import FrameType
 
 from sidepool import _native
 from sidepool.sidecar import logs
+from sidepool.sidecar.balancer import Balancer
 from sidepool.sidecar.config import SidecarConfig, is_wildcard, join_endpoint, load_sidecar_config, split_endpoint
 from sidepool.sidecar.control import ControlPlane
 from sidepool.sidecar.loader import Loaded, Loader, LoadFailed, promote
@@ -130,6 +131,8 @@ class SidecarProcess:
         if published is not None and not self._ready:
             self._listen(published.plan, stack)
             self._serving.open()
+            if self._config.balance and self._config.engines > 1:
+                stack.callback(Balancer(self._server).close)
             self._say_ready(published.plan, stack)
             self._ready = True
         elif published is not None:
@@ -164,6 +167,9 @@ class SidecarProcess:
             # Peers cannot connect to "every address"; the plan says under which one they know this machine.
             known = split_endpoint(plan.sidecars[plan.sidecar_index[self._config.name]].address)[0]
             addresses["tcp"] = join_endpoint(known if is_wildcard(host) else host, port)
+        if listen.rdma is not None:
+            with _as_config_error("listen.rdma.path.device", listen.rdma.path.device):
+                addresses["rdma"] = self._server.listen_rdma(listen.rdma.native())
 
     def _say_ready(self, plan: Plan, stack: contextlib.ExitStack) -> None:
         lanes = self._control.servicer.lane_addresses
@@ -174,6 +180,7 @@ class SidecarProcess:
             "grpc": self._control.address,
             "tcp": lanes.get("tcp"),
             "unix": lanes.get("shm"),
+            "rdma": lanes.get("rdma"),
             "metrics": self._metrics.address if self._metrics is not None else None,
         }
         if self._ready_file is not None:

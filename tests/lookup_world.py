@@ -95,8 +95,9 @@ def write_world(
     on_missing_shard: OnMissingShard = OnMissingShard.FAIL,
     ports: tuple[int, int] = (0, 0),
     engines: int = 1,
+    settings: dict[str, Any] | None = None,
 ) -> World:
-    """Write plan, shards and sidecar configurations; `ports` of the control planes, 0 for any."""
+    """Write plan, shards and sidecar configurations; `ports` of the control planes, 0 for any; `settings` on top."""
     random = np.random.default_rng(epoch)
     rows = {
         t.name: random.standard_normal((t.rows, t.dim)).astype(np.float16 if t.row_format is RowFormat.FP16 else np.float32)
@@ -113,11 +114,13 @@ def write_world(
     )
     save_plan(plan, directory / "plan.yaml")
     for sidecar, port in zip(SIDECARS, ports, strict=True):
-        _write_sidecar(directory / sidecar, sidecar, plan, rows, port, engines)
+        _write_sidecar(directory / sidecar, sidecar, plan, rows, port, {"engines": engines, **(settings or {})})
     return World(directory, plan, rows)
 
 
-def _write_sidecar(directory: Path, sidecar: str, plan: Plan, rows: dict[str, NDArray[Any]], port: int, engines: int) -> None:
+def _write_sidecar(
+    directory: Path, sidecar: str, plan: Plan, rows: dict[str, NDArray[Any]], port: int, extra: dict[str, Any]
+) -> None:
     shards = directory / "shards"
     shards.mkdir(parents=True)
     files = []
@@ -129,8 +132,8 @@ def _write_sidecar(directory: Path, sidecar: str, plan: Plan, rows: dict[str, ND
             ShardFile(table=table.name, file=file, rows=table.rows, dim=table.dim, row_format=table.row_format, crc32c=checksum)
         )
     save_manifest(ShardManifest(sidecar=sidecar, plan_fingerprint=plan.fingerprint, shards=tuple(files)), shards)
-    listen = {"grpc": f"127.0.0.1:{port}"}
-    settings = {"name": sidecar, "plan": "../plan.yaml", "shards": "shards", "listen": listen, "engines": engines}
+    listen = {"grpc": f"127.0.0.1:{port}", **extra.get("listen", {})}
+    settings = {"name": sidecar, "plan": "../plan.yaml", "shards": "shards", **extra, "listen": listen}
     (directory / "sidecar.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
 
 

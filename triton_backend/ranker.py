@@ -18,6 +18,7 @@ from sidepool.triton_backend.stages import StageReporter, StageTimes
 from sidepool.wire.errors import DeadlineExceeded, LookupRejected, SidepoolError
 from sidepool.wire.model import MODEL_FILE, PLAN_FILE, TensorSpec, load_model
 from sidepool.wire.plan import load_plan
+from sidepool.wire.rdma import RdmaPath
 
 # Asking Triton whether a request was cancelled is a message to the server process and back: 50 µs on an idle machine,
 # milliseconds on a busy one. Triton itself drops requests that are cancelled while queued; only requests that cost tens
@@ -56,6 +57,13 @@ class Ranker:
             shards_dir=settings.shards,
             tls=settings.tls,
             require_all=False,
+            rdma=RdmaPath(
+                device=parameters.rdma_device,
+                port=parameters.rdma_port,
+                gid_index=parameters.rdma_gid_index,
+                traffic_class=parameters.rdma_traffic_class,
+            ),
+            rdma_engines=parameters.rdma_engines,
             fixed_columns=router.fixed_columns,
             name=f"ranker {settings.name}",
         )

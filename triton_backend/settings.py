@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field
 
@@ -20,8 +20,18 @@ FOREIGN_PARAMETERS = ("EXECUTION_ENV_PATH", "FORCE_CPU_ONLY_INPUT_TENSORS")
 class RankerParameters(Frozen):
     """What `parameters{}` may hold; every value is a string there and is decoded as its type says."""
 
-    lane: Literal["auto", "shm", "tcp", "grpc", "local"] = "auto"
+    lane: Literal["auto", "shm", "tcp", "grpc", "rdma", "local"] = "auto"
     """How to reach the sidecars; `auto` takes shm on this host and tcp elsewhere."""
+    rdma_device: str = "auto"
+    """RDMA device for `lane: rdma`, as `sidepool doctor` lists them; auto: the first with an active port."""
+    rdma_port: Annotated[int, Field(ge=1, le=254)] | Literal["auto"] = "auto"
+    """Port of the device; auto: the first active one."""
+    rdma_gid_index: Annotated[int, Field(ge=0, le=65_535)] | Literal["auto"] = "auto"
+    """Entry of the port's GID table; auto: RoCE v2 over IPv4 before all others."""
+    rdma_traffic_class: Annotated[int, Field(ge=0, le=255)] = 0
+    """RoCE: IP traffic class (DSCP times 4) of requests; 0 is best effort, use your fabric's lossless class."""
+    rdma_engines: Annotated[int, Field(ge=1, le=256)] = 1
+    """Native threads that post and poll for the rdma lanes; one keeps up with several sidecars."""
     deadline_ms: Annotated[float, Field(gt=0, le=3_600_000)] = 1000.0
     """Budget of a request that brings none: any healthy request takes tens of milliseconds."""
     torch_threads: Annotated[int, Field(ge=0, le=1024)] = 0
@@ -88,7 +98,7 @@ def _typed(name: str, text: str, where: str) -> Any:
     field = RankerParameters.model_fields.get(name)
     kind = field.annotation if field is not None else str
     if kind not in (int, float):
-        return text
+        return int(text) if int in get_args(kind) and text.isdecimal() else text
     try:
         return kind(text)
     except ValueError:

@@ -27,7 +27,7 @@ class TableHeld(_message.Message):
     def __init__(self, name: _Optional[str] = ..., rows: _Optional[int] = ..., dim: _Optional[int] = ..., row_format: _Optional[str] = ..., bytes: _Optional[int] = ..., rows_ahead: _Optional[int] = ...) -> None: ...
 
 class DescribeReply(_message.Message):
-    __slots__ = ("name", "plan_epoch", "plan_fingerprint", "tables", "lanes", "version", "wire_version", "simd", "engines", "huge_bytes", "state")
+    __slots__ = ("name", "plan_epoch", "plan_fingerprint", "tables", "lanes", "version", "wire_version", "simd", "engines", "huge_bytes", "state", "slots", "request_bytes", "response_bytes")
     NAME_FIELD_NUMBER: _ClassVar[int]
     PLAN_EPOCH_FIELD_NUMBER: _ClassVar[int]
     PLAN_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
@@ -39,6 +39,9 @@ class DescribeReply(_message.Message):
     ENGINES_FIELD_NUMBER: _ClassVar[int]
     HUGE_BYTES_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
+    SLOTS_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_BYTES_FIELD_NUMBER: _ClassVar[int]
+    RESPONSE_BYTES_FIELD_NUMBER: _ClassVar[int]
     name: str
     plan_epoch: int
     plan_fingerprint: str
@@ -50,37 +53,44 @@ class DescribeReply(_message.Message):
     engines: int
     huge_bytes: int
     state: str
-    def __init__(self, name: _Optional[str] = ..., plan_epoch: _Optional[int] = ..., plan_fingerprint: _Optional[str] = ..., tables: _Optional[_Iterable[_Union[TableHeld, _Mapping]]] = ..., lanes: _Optional[_Iterable[str]] = ..., version: _Optional[str] = ..., wire_version: _Optional[int] = ..., simd: _Optional[str] = ..., engines: _Optional[int] = ..., huge_bytes: _Optional[int] = ..., state: _Optional[str] = ...) -> None: ...
+    slots: int
+    request_bytes: int
+    response_bytes: int
+    def __init__(self, name: _Optional[str] = ..., plan_epoch: _Optional[int] = ..., plan_fingerprint: _Optional[str] = ..., tables: _Optional[_Iterable[_Union[TableHeld, _Mapping]]] = ..., lanes: _Optional[_Iterable[str]] = ..., version: _Optional[str] = ..., wire_version: _Optional[int] = ..., simd: _Optional[str] = ..., engines: _Optional[int] = ..., huge_bytes: _Optional[int] = ..., state: _Optional[str] = ..., slots: _Optional[int] = ..., request_bytes: _Optional[int] = ..., response_bytes: _Optional[int] = ...) -> None: ...
 
 class ConnectRequest(_message.Message):
-    __slots__ = ("lane", "plan_epoch", "plan_fingerprint", "wire_version", "client", "slots")
+    __slots__ = ("lane", "plan_epoch", "plan_fingerprint", "wire_version", "client", "slots", "rdma")
     LANE_FIELD_NUMBER: _ClassVar[int]
     PLAN_EPOCH_FIELD_NUMBER: _ClassVar[int]
     PLAN_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     WIRE_VERSION_FIELD_NUMBER: _ClassVar[int]
     CLIENT_FIELD_NUMBER: _ClassVar[int]
     SLOTS_FIELD_NUMBER: _ClassVar[int]
+    RDMA_FIELD_NUMBER: _ClassVar[int]
     lane: str
     plan_epoch: int
     plan_fingerprint: str
     wire_version: int
     client: str
     slots: int
-    def __init__(self, lane: _Optional[str] = ..., plan_epoch: _Optional[int] = ..., plan_fingerprint: _Optional[str] = ..., wire_version: _Optional[int] = ..., client: _Optional[str] = ..., slots: _Optional[int] = ...) -> None: ...
+    rdma: bytes
+    def __init__(self, lane: _Optional[str] = ..., plan_epoch: _Optional[int] = ..., plan_fingerprint: _Optional[str] = ..., wire_version: _Optional[int] = ..., client: _Optional[str] = ..., slots: _Optional[int] = ..., rdma: _Optional[bytes] = ...) -> None: ...
 
 class ConnectReply(_message.Message):
-    __slots__ = ("token", "address", "slots", "request_bytes", "response_bytes")
+    __slots__ = ("token", "address", "slots", "request_bytes", "response_bytes", "rdma")
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     SLOTS_FIELD_NUMBER: _ClassVar[int]
     REQUEST_BYTES_FIELD_NUMBER: _ClassVar[int]
     RESPONSE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    RDMA_FIELD_NUMBER: _ClassVar[int]
     token: bytes
     address: str
     slots: int
     request_bytes: int
     response_bytes: int
-    def __init__(self, token: _Optional[bytes] = ..., address: _Optional[str] = ..., slots: _Optional[int] = ..., request_bytes: _Optional[int] = ..., response_bytes: _Optional[int] = ...) -> None: ...
+    rdma: bytes
+    def __init__(self, token: _Optional[bytes] = ..., address: _Optional[str] = ..., slots: _Optional[int] = ..., request_bytes: _Optional[int] = ..., response_bytes: _Optional[int] = ..., rdma: _Optional[bytes] = ...) -> None: ...
 
 class StatsRequest(_message.Message):
     __slots__ = ()
@@ -103,6 +113,18 @@ class DrainReply(_message.Message):
     DRAINED_FIELD_NUMBER: _ClassVar[int]
     drained: bool
     def __init__(self, drained: _Optional[bool] = ...) -> None: ...
+
+class MigrateRequest(_message.Message):
+    __slots__ = ("lane", "engine")
+    LANE_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_FIELD_NUMBER: _ClassVar[int]
+    lane: int
+    engine: int
+    def __init__(self, lane: _Optional[int] = ..., engine: _Optional[int] = ...) -> None: ...
+
+class MigrateReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class LookupFrame(_message.Message):
     __slots__ = ("frame",)

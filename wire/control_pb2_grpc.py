@@ -54,6 +54,11 @@ class SidecarStub:
                 request_serializer=control__pb2.DrainRequest.SerializeToString,
                 response_deserializer=control__pb2.DrainReply.FromString,
                 _registered_method=True)
+        self.Migrate = channel.unary_unary(
+                '/sidepool.v1.Sidecar/Migrate',
+                request_serializer=control__pb2.MigrateRequest.SerializeToString,
+                response_deserializer=control__pb2.MigrateReply.FromString,
+                _registered_method=True)
         self.Lookup = channel.unary_unary(
                 '/sidepool.v1.Sidecar/Lookup',
                 request_serializer=control__pb2.LookupFrame.SerializeToString,
@@ -92,6 +97,13 @@ class SidecarServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Migrate(self, request, context):
+        """Move a lane to another engine while requests flow; returns when the move has begun.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Lookup(self, request, context):
         """The grpc lane: a request frame in, response piece frames out (docs/wire-format.md).
         """
@@ -121,6 +133,11 @@ def add_SidecarServicer_to_server(servicer, server):
                     servicer.Drain,
                     request_deserializer=control__pb2.DrainRequest.FromString,
                     response_serializer=control__pb2.DrainReply.SerializeToString,
+            ),
+            'Migrate': grpc.unary_unary_rpc_method_handler(
+                    servicer.Migrate,
+                    request_deserializer=control__pb2.MigrateRequest.FromString,
+                    response_serializer=control__pb2.MigrateReply.SerializeToString,
             ),
             'Lookup': grpc.unary_unary_rpc_method_handler(
                     servicer.Lookup,
@@ -236,6 +253,33 @@ class Sidecar:
             '/sidepool.v1.Sidecar/Drain',
             control__pb2.DrainRequest.SerializeToString,
             control__pb2.DrainReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Migrate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sidepool.v1.Sidecar/Migrate',
+            control__pb2.MigrateRequest.SerializeToString,
+            control__pb2.MigrateReply.FromString,
             options,
             channel_credentials,
             insecure,

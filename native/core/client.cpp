@@ -105,6 +105,18 @@ void LookupClient::detach(int32_t sidecar) {
   lost_.notify_all();
 }
 
+std::shared_ptr<RdmaRanker> LookupClient::rdma(const RdmaOptions& options, int engines) {
+  std::lock_guard lock(lanes_mutex_);
+  if (closed_) throw Error(Status::transport, "the client is closed");
+  if (!rdma_) rdma_ = make_rdma_ranker(options, engines, uint32_t(spin_ns_ / 1000));
+  return rdma_;
+}
+
+std::shared_ptr<RdmaRanker> LookupClient::rdma() const {
+  std::lock_guard lock(lanes_mutex_);
+  return rdma_;
+}
+
 std::shared_ptr<ClientLane> LookupClient::lane(int32_t sidecar) const {
   std::lock_guard lock(lanes_mutex_);
   return lanes_[size_t(sidecar)];
@@ -352,6 +364,7 @@ void LookupClient::close() {
   watcher_.join();
   std::lock_guard lock(lanes_mutex_);
   for (auto& lane : lanes_) lane.reset();
+  if (rdma_) rdma_->close();
 }
 
 }  // namespace sidepool

@@ -10,6 +10,7 @@
 
 #include "client_lane.hpp"
 #include "counters.hpp"
+#include "rdma.hpp"
 #include "router.hpp"
 
 namespace sidepool {
@@ -52,6 +53,9 @@ class LookupClient {
 
   void attach(int32_t sidecar, std::shared_ptr<ClientLane> lane);
   void detach(int32_t sidecar);
+  // The device and engines of this client's rdma lanes, made with the first; closed with the client.
+  std::shared_ptr<RdmaRanker> rdma(const RdmaOptions& options, int engines);
+  std::shared_ptr<RdmaRanker> rdma() const;
   std::shared_ptr<ClientLane> lane(int32_t sidecar) const;
   bool alive(int32_t sidecar) const;
   // A sidecar without a live lane; -1 after the timeout; -2 once closed.
@@ -90,6 +94,7 @@ class LookupClient {
   std::condition_variable lost_;
   std::vector<std::shared_ptr<ClientLane>> lanes_;
   std::vector<uint64_t> watch_ids_;
+  std::shared_ptr<RdmaRanker> rdma_;
   bool closed_ = false;
   Fd epoll_, wake_;
   uint64_t next_watch_ = 1;

@@ -43,6 +43,7 @@ int ClientLane::acquire(uint64_t deadline_ns) {
 }
 
 void ClientLane::release(uint32_t slot) {
+  released(slot);
   slots_[slot].lookup_id.store(0, std::memory_order_release);
   free_.fetch_or(1ull << slot, std::memory_order_seq_cst);
   if (acquirers_.load(std::memory_order_seq_cst) != 0) {

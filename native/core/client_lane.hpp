@@ -44,6 +44,8 @@ class ClientLane {
   void release(uint32_t slot);
   void abandon(uint32_t slot);
 
+  // Why it is dead, where the lane knows more than that its peer is gone.
+  virtual const char* why_lost() const { return ""; }
   bool dead() const { return dead_.load(std::memory_order_acquire); }
   // Nothing more will arrive: every waiter returns transport. Thread-safe, idempotent.
   void kill();
@@ -66,6 +68,8 @@ class ClientLane {
     std::vector<size_t> offsets;  // capacity grows to the widest lookup, then stays
   };
 
+  // The slot's response has been used and is about to be free; called by the thread that frees it.
+  virtual void released(uint32_t) {}
   virtual SlotControl& control(uint32_t slot) = 0;
   virtual Status send(uint32_t slot, size_t bytes, uint64_t deadline_ns) = 0;
   // Whether responses appear without anybody's help, so that spinning on the slot's word makes sense.

@@ -89,11 +89,26 @@ Engine::Engine(Published& published, Board& board, size_t seat, uint32_t spin_us
 Engine::~Engine() { stop(); }
 
 void Engine::adopt(std::unique_ptr<ServerLane> lane) {
+  Mail mail;
+  mail.lane = std::make_unique<Owned>();
+  mail.lane->lane = std::move(lane);
+  post(std::move(mail));
+}
+
+void Engine::post(Mail mail) {
   {
     std::lock_guard lock(mail_mutex_);
-    mail_.push_back(std::move(lane));
+    mail_.push_back(std::move(mail));
   }
   eventfd_write(doorbell_.get(), 1);
+}
+
+void Engine::enable_rdma(std::unique_ptr<RdmaDomain> domain) {
+  domain_ = std::move(domain);
+  epoll_event event{EPOLLIN, {}};
+  event.data.ptr = domain_.get();
+  epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, domain_->fd(), &event);
+  rdma_.store(domain_.get(), std::memory_order_release);
 }
 
 void Engine::stop() {
@@ -105,6 +120,7 @@ void Engine::stop() {
   lanes_.clear();
   std::lock_guard mail(mail_mutex_);
   mail_.clear();
+  if (domain_) domain_->settle();
   load_.store(0, std::memory_order_relaxed);
 }
 
@@ -115,8 +131,10 @@ void Engine::run() {
   uint64_t idle_since = now_ns();
   while (!stopping_.load(std::memory_order_acquire)) {
     refresh();
-    bool worked = poll_memory();
     const uint64_t now = now_ns();
+    RdmaDomain* const rdma = this->rdma();
+    bool worked = rdma != nullptr && rdma->poll(now);
+    worked |= poll_memory();
     const bool listening = queue_.empty() && stream_lanes_ > 0;
     if (listening || now - last_socket_poll >= kSocketPollNs) {
       poll_sockets(0);
@@ -128,6 +146,8 @@ void Engine::run() {
     } else if (!worked) {
       worked = help();
     }
+    if (moving_ > 0) hand_over();
+    if (rdma != nullptr) rdma->flush();
     drop_dead();
     if (worked) {
       idle_since = now_ns();
@@ -158,9 +178,14 @@ void Engine::refresh() {
 bool Engine::poll_memory() {
   bool found = false;
   for (auto& owned : lanes_) {
-    if (!owned->dead && owned->lane->polled() && owned->lane->has_pending()) {
+    if (owned->dead || !owned->lane->polled()) continue;
+    if (owned->lane->has_pending()) {
       collect(*owned, false);
       found = true;
+    }
+    if (owned->writing && !owned->lane->wants_write()) {
+      owned->writing = false;
+      counters_.writing.add(-1);
     }
   }
   return found;
@@ -174,6 +199,10 @@ void Engine::poll_sockets(int timeout_ms) {
       eventfd_t value;
       eventfd_read(doorbell_.get(), &value);
       take_mail();
+      continue;
+    }
+    if (RdmaDomain* const rdma = this->rdma(); events[i].data.ptr == rdma) {
+      rdma->take_event();
       continue;
     }
     Owned& owned = *static_cast<Owned*>(events[i].data.ptr);
@@ -190,26 +219,40 @@ void Engine::poll_sockets(int timeout_ms) {
 }
 
 void Engine::take_mail() {
-  std::vector<std::unique_ptr<ServerLane>> mail;
+  std::vector<Mail> mail;
   {
     std::lock_guard lock(mail_mutex_);
     mail.swap(mail_);
   }
-  for (auto& lane : mail) {
-    auto owned = std::make_unique<Owned>();
-    owned->lane = std::move(lane);
-    epoll_event event{EPOLLIN, {owned.get()}};
-    epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, owned->lane->fd(), &event);
-    stream_lanes_ += !owned->lane->polled();
-    std::lock_guard roster(roster_mutex_);
-    lanes_.push_back(std::move(owned));
-    counters_.lanes.set(int64_t(lanes_.size()));
-    // Room for every slot of every lane: the request path never grows these.
-    size_t slots = 0;
-    for (const auto& each : lanes_) slots += each->lane->limits().slots;
-    queue_.reserve(slots);
-    arrived_.reserve(kMaxSlots);
+  for (Mail& each : mail) {
+    if (each.lane)
+      settle_in(each);
+    else
+      begin_move(each);
   }
+}
+
+void Engine::settle_in(Mail& mail) {
+  Owned& owned = *mail.lane;
+  owned.lane->adopted();
+  counters_.moved.add(mail.move_lane != 0);
+  epoll_event event{EPOLLIN, {&owned}};
+  if (owned.lane->fd() >= 0) epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, owned.lane->fd(), &event);
+  stream_lanes_ += !owned.lane->polled();
+  std::lock_guard roster(roster_mutex_);
+  lanes_.push_back(std::move(mail.lane));
+  counters_.lanes.set(int64_t(lanes_.size()));
+  // Room for every slot of every lane: the request path never grows these.
+  size_t slots = 0;
+  for (const auto& each : lanes_) slots += each->lane->limits().slots;
+  queue_.reserve(slots);
+  arrived_.reserve(kMaxSlots);
+  for (Work& work : mail.works) {
+    work.owner = &owned;
+    enqueue(work);
+  }
+  counters_.queued.set(int64_t(queue_.size()));
+  arriving_.fetch_sub(int64_t(mail.works.size()), std::memory_order_relaxed);
 }
 
 void Engine::collect(Owned& owned, bool readable) {
@@ -225,22 +268,31 @@ void Engine::collect(Owned& owned, bool readable) {
     std::memcpy(&header, owned.lane->request(slot).first, sizeof header);
     // A budget beyond a day is no budget; the bound keeps the sum within 64 bits.
     const uint64_t budget = std::min<uint64_t>(header.budget_ns, 86'400'000'000'000ull);
-    queue_.push_back({now + budget, header.priority, slot, now, &owned});
-    std::push_heap(queue_.begin(), queue_.end(), [](const Work& a, const Work& b) {
-      return a.priority != b.priority ? a.priority < b.priority : a.deadline_ns > b.deadline_ns;
-    });
+    enqueue({now + budget, header.priority, slot, now, &owned});
     ++owned.queued;
+    owned.lane->counters().queued.add();
+    owned.lane->counters().queued_bytes.add(int64_t(owned.lane->request(slot).second));
   }
   counters_.queued.set(int64_t(queue_.size()));
 }
 
+bool Engine::Work::after(const Work& a, const Work& b) {
+  return a.priority != b.priority ? a.priority < b.priority : a.deadline_ns > b.deadline_ns;
+}
+
+void Engine::enqueue(const Work& work) {
+  queue_.push_back(work);
+  std::push_heap(queue_.begin(), queue_.end(), Work::after);
+}
+
 void Engine::serve_one() {
-  std::pop_heap(queue_.begin(), queue_.end(), [](const Work& a, const Work& b) {
-    return a.priority != b.priority ? a.priority < b.priority : a.deadline_ns > b.deadline_ns;
-  });
+  std::pop_heap(queue_.begin(), queue_.end(), Work::after);
   const Work work = queue_.back();
   queue_.pop_back();
   --work.owner->queued;
+  LaneCounters& lane = work.owner->lane->counters();
+  lane.queued.add(-1);
+  lane.queued_bytes.add(-int64_t(work.owner->lane->request(work.slot).second));
   if (!work.owner->dead) answer(work);
   counters_.queued.set(int64_t(queue_.size()));
 }
@@ -276,14 +328,18 @@ void Engine::answer(const Work& work) {
     if (header.status == 0 && !share) learn(spent, int64_t(parsed_.header.value_count));
     counters_.pool.record_ns(spent);
     counters_.busy_ns.add(int64_t(spent));
+    lane.counters().busy_ns.add(int64_t(spent));
   }
   counters_.queue.record_ns(header.started_ns - work.received_ns);
   counters_.statuses[size_t(header.status)].add();
   counters_.served.add();
   if (!lane.finish(header)) work.owner->dead = true;
+  if (work.owner->just_moved) counters_.blackout.record_ns(header.finished_ns - work.owner->last_response_ns);
+  work.owner->just_moved = false;
+  work.owner->last_response_ns = header.finished_ns;
   if (!work.owner->dead && lane.wants_write() && !work.owner->writing) {
     epoll_event event{EPOLLIN | EPOLLOUT, {work.owner}};
-    epoll_ctl(epoll_.get(), EPOLL_CTL_MOD, lane.fd(), &event);
+    if (lane.fd() >= 0) epoll_ctl(epoll_.get(), EPOLL_CTL_MOD, lane.fd(), &event);
     work.owner->writing = true;
     counters_.writing.add();
     lane.counters().credit_waits.add();
@@ -326,6 +382,7 @@ bool Engine::help() {
     now = now_ns();
     if (now - last_socket_poll >= kSocketPollNs) {
       poll_sockets(0);
+      if (RdmaDomain* const rdma = this->rdma()) rdma->poll(now);
       last_socket_poll = now;
     }
   } while (queue_.empty() && !anything_pending() && !stopping_.load(std::memory_order_relaxed));
@@ -340,7 +397,12 @@ void Engine::drop_dead() {
       ++i;
       continue;
     }
-    epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, lanes_[i]->lane->fd(), nullptr);
+    Owned& owned = *lanes_[i];
+    dismiss(owned);
+    if (owned.target != nullptr) {
+      owned.target->release();
+      --moving_;
+    }
     std::unique_ptr<Owned> gone;
     {
       std::lock_guard roster(roster_mutex_);
@@ -350,10 +412,8 @@ void Engine::drop_dead() {
       dropped_[gone->lane->kind()].add(gone->lane->counters());
       counters_.lanes.set(int64_t(lanes_.size()));
     }
-    stream_lanes_ -= !gone->lane->polled();
-    if (gone->writing) counters_.writing.add(-1);
     gone.reset();  // closed before it stops counting
-    load_.fetch_sub(1, std::memory_order_relaxed);
+    release();
   }
 }
 
@@ -366,10 +426,12 @@ bool Engine::anything_pending() const {
 void Engine::sleep() {
   // A ranker first publishes its bit, then reads `sleeping`; we first set `sleeping`, then read the bits. All four
   // accesses are in one total order: either we see the bit or the ranker rings. So it is with offers and their owners.
+  RdmaDomain* const rdma = this->rdma();
+  if (rdma != nullptr && !rdma->arm()) return;
   page_->sleeping.store(1, std::memory_order_seq_cst);
   // The ring that came with `stopping_` may have been taken already, together with others.
   const bool awaited = stopping_.load(std::memory_order_acquire) || anything_pending() || board_.has_pieces(seat_);
-  poll_sockets(awaited ? 0 : -1);
+  poll_sockets(awaited ? 0 : rdma != nullptr ? rdma->patience_ms() : -1);
   page_->sleeping.store(0, std::memory_order_relaxed);
 }
 
@@ -379,10 +441,10 @@ void Engine::read_tables(std::vector<std::array<int64_t, 4>>& sums) const {
   for (size_t i = 0; i < table_count_; ++i) table_counters_[i].add_to(sums[i]);
 }
 
-void Engine::read_lanes(const std::function<void(const std::string&, bool, const LaneCounters&)>& visit) const {
+void Engine::read_lanes(const LaneVisitor& visit) const {
   std::lock_guard roster(roster_mutex_);
-  for (const auto& owned : lanes_) visit(owned->lane->kind(), true, owned->lane->counters());
-  for (const auto& [kind, sums] : dropped_) visit(kind, false, sums);
+  for (const auto& owned : lanes_) visit(owned->lane->id(), owned->lane->kind(), true, owned->lane->counters());
+  for (const auto& [kind, sums] : dropped_) visit(0, kind, false, sums);
 }
 
 }  // namespace sidepool

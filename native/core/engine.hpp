@@ -14,7 +14,7 @@
 #include <vector>
 
 #include "board.hpp"
-#include "server_lane.hpp"
+#include "rdma.hpp"
 
 namespace sidepool {
 
@@ -41,7 +41,9 @@ struct EngineCounters {
   Counter helped;   // pieces of other engines' subrequests
   Counter writing;  // lanes with response bytes that their socket has not taken yet
   Counter statuses[kStatusCount];
+  Counter moved;  // lanes that came from another engine
   Histogram queue, pool;
+  Histogram blackout;  // of a lane that came: from its last response there to its first here
 };
 
 class Engine {
@@ -53,9 +55,15 @@ class Engine {
   // Count a lane that is about to be adopted; every reserve is followed by an adopt or a release. Thread-safe.
   void reserve() { load_.fetch_add(1, std::memory_order_relaxed); }
   void release() { load_.fetch_sub(1, std::memory_order_relaxed); }
+  // Serve rdma lanes of this domain too; once, before the first such lane. Thread-safe.
+  void enable_rdma(std::unique_ptr<RdmaDomain> domain);
+  RdmaDomain* rdma() const { return rdma_.load(std::memory_order_acquire); }
   // Hand a reserved lane to this engine. Thread-safe.
   void adopt(std::unique_ptr<ServerLane> lane);
-  // Finish nothing more, drop all lanes, join. Idempotent.
+  // Move a lane to `target` while its requests flow; what is queued goes with it. Returns when the move has begun, and ends
+  // nothing if the lane ends first. Throws Error(rejected) where it cannot. Thread-safe.
+  void move(uint64_t lane, Engine& target);
+  // Finish nothing more, drop all lanes, join. Idempotent. No engine may be destroyed before all have stopped.
   void stop();
 
   int page_fd() const { return page_fd_.get(); }   // the engine page, for shm peers (sealed against their writes)
@@ -64,12 +72,13 @@ class Engine {
   // Lanes reserved or adopted, and not yet dropped: what placement goes by.
   int64_t load() const { return load_.load(std::memory_order_relaxed); }
   // Subrequests not served yet, and lanes whose responses are not out yet: a drain must wait for both.
-  int64_t in_flight() const { return counters_.queued.get() + counters_.writing.get(); }
+  int64_t in_flight() const { return counters_.queued.get() + counters_.writing.get() + arriving_.load(std::memory_order_relaxed); }
 
   // A table's counters, summed by the caller over engines; sized at the first publication with more tables.
   void read_tables(std::vector<std::array<int64_t, 4>>& sums) const;
   // Visit the counters of live lanes, then (`live` false) the sums over dropped lanes of each kind.
-  void read_lanes(const std::function<void(const std::string& kind, bool live, const LaneCounters& counters)>& visit) const;
+  using LaneVisitor = std::function<void(uint64_t id, const std::string& kind, bool live, const LaneCounters& counters)>;
+  void read_lanes(const LaneVisitor& visit) const;
 
  private:
   struct Owned {
@@ -77,6 +86,9 @@ class Engine {
     bool dead = false;
     bool writing = false;  // EPOLLOUT is armed
     uint32_t queued = 0;
+    Engine* target = nullptr;       // where the lane is moving to
+    uint64_t last_response_ns = 0;  // kept for the blackout of a move
+    bool just_moved = false;
   };
   struct Work {
     uint64_t deadline_ns;
@@ -84,13 +96,28 @@ class Engine {
     uint32_t slot;
     uint64_t received_ns;
     Owned* owner;
+    static bool after(const Work& a, const Work& b);  // whether `a` is served after `b`
+  };
+  // What other threads send: a lane (with its queue, where it comes from another engine), or (null) a move to begin.
+  struct Mail {
+    std::unique_ptr<Owned> lane;
+    std::vector<Work> works;
+    uint64_t move_lane = 0;
+    std::unique_ptr<ServerLane::Twin> twin;
+    Engine* target = nullptr;
   };
 
   void run();
+  void post(Mail mail);
+  void settle_in(Mail& mail);
+  void begin_move(Mail& mail);
+  void hand_over();
+  void dismiss(Owned& owned);
   bool poll_memory();
   void poll_sockets(int timeout_ms);
   void take_mail();
   void collect(Owned& owned, bool readable);
+  void enqueue(const Work& work);
   void serve_one();
   void answer(const Work& work);
   ResponseHeader serve_shared(const ServeInput& input, ServerLane& lane, uint64_t estimate_ns);
@@ -108,11 +135,14 @@ class Engine {
   const std::vector<int> cpus_;
   const uint64_t spin_ns_;
   Fd epoll_, doorbell_, page_fd_;
+  std::unique_ptr<RdmaDomain> domain_;  // made and destroyed by the control plane, else the engine thread's, through rdma_
+  std::atomic<RdmaDomain*> rdma_{nullptr};
   Mapping page_mapping_;
   EnginePage* page_;
 
   std::mutex mail_mutex_;
-  std::vector<std::unique_ptr<ServerLane>> mail_;
+  std::vector<Mail> mail_;
+  std::atomic<int64_t> arriving_{0};  // subrequests that come with mail
   std::atomic<bool> stopping_{false};
 
   mutable std::mutex roster_mutex_;  // lanes_ for read_lanes; the engine takes it only to add or drop a lane
@@ -120,6 +150,7 @@ class Engine {
   std::map<std::string, LaneCounters> dropped_;  // by kind, under roster_mutex_: totals must not fall when a lane goes
   std::atomic<int64_t> load_{0};
 
+  int moving_ = 0;        // lanes with a target
   int stream_lanes_ = 0;  // lanes that only their socket can announce
   std::vector<Work> queue_;  // heap: highest priority first, then earliest deadline
   std::vector<uint32_t> arrived_;

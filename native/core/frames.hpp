@@ -17,7 +17,7 @@ constexpr size_t kAlign = 64;
 
 constexpr size_t align_up(size_t n) { return (n + kAlign - 1) & ~(kAlign - 1); }
 
-enum class FrameKind : uint8_t { hello = 1, hello_ack = 2, request = 3, response = 4 };
+enum class FrameKind : uint8_t { hello = 1, hello_ack = 2, request = 3, response = 4, rdma_end = 5 };
 
 // Bounds that hold before anything is read or allocated. A plan has at most 65,536 features (wire/plan.py); a bag
 // index fits 31 bits with room for products; a slot never exceeds 1 GiB.

@@ -101,6 +101,32 @@ void SidecarServer::listen_unix(const std::string& path) {
   epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, unix_listener_.get(), &event);
 }
 
+std::string SidecarServer::listen_rdma(const RdmaOptions& options) {
+  rdma_ = make_rdma_server(options);
+  for (const auto& engine : engines_) engine->enable_rdma(rdma_->make_domain());
+  return rdma_->description();
+}
+
+std::string SidecarServer::connect_rdma(const LaneLimits& limits, const std::string& peer) {
+  if (!rdma_) throw Error(Status::rejected, "lane: found rdma; this sidecar does not listen for it");
+  check(limits);
+  Engine* engine;
+  {
+    std::lock_guard lock(admission_mutex_);
+    if (lanes() >= int64_t(max_lanes_)) throw Error(Status::overloaded, "no more lanes");
+    engine = &least_loaded();
+    engine->reserve();
+  }
+  try {
+    auto [lane, end] = rdma_->admit(*engine->rdma(), limits, peer);
+    engine->adopt(numbered(std::move(lane)));
+    return end;
+  } catch (...) {
+    engine->release();
+    throw;
+  }
+}
+
 int SidecarServer::listen_tcp(const std::string& host, int port) {
   addrinfo hints{}, *found = nullptr;
   hints.ai_socktype = SOCK_STREAM;
@@ -125,15 +151,19 @@ int SidecarServer::listen_tcp(const std::string& host, int port) {
                                            : reinterpret_cast<sockaddr_in&>(bound).sin_port);
 }
 
-void SidecarServer::expect(const std::string& token, const std::string& kind, const LaneLimits& limits, double ttl_s) {
-  if (token.size() != sizeof Hello::token) throw Error(Status::rejected, "token: 16 bytes are required");
-  if (kind != "shm" && kind != "tcp") throw Error(Status::rejected, "lane: found " + kind + "; allowed: shm, tcp");
+void SidecarServer::check(const LaneLimits& limits) {
   if (limits.slots < 1 || limits.slots > kMaxSlots)
     throw Error(Status::rejected, "slots: found " + std::to_string(limits.slots) + "; allowed: 1 to " + std::to_string(kMaxSlots));
   for (const uint64_t bytes : {limits.request_bytes, limits.response_bytes})
     if (bytes < 4096 || bytes > kMaxSlotBytes || bytes % 4096 != 0)
       throw Error(Status::rejected, "slot size: found " + std::to_string(bytes) + "; allowed: multiples of 4096 up to " +
                                         std::to_string(kMaxSlotBytes));
+}
+
+void SidecarServer::expect(const std::string& token, const std::string& kind, const LaneLimits& limits, double ttl_s) {
+  if (token.size() != sizeof Hello::token) throw Error(Status::rejected, "token: 16 bytes are required");
+  if (kind != "shm" && kind != "tcp") throw Error(Status::rejected, "lane: found " + kind + "; allowed: shm, tcp");
+  check(limits);
   const uint64_t now = now_ns();
   std::lock_guard lock(tickets_mutex_);
   std::erase_if(tickets_, [now](const auto& item) { return item.second.expires_ns < now; });
@@ -232,13 +262,13 @@ void SidecarServer::admit(Handshake& handshake, const Ticket& ticket) {
       const int fds[3] = {region.memfd.get(), engine.page_fd(), engine.doorbell_fd()};
       if (send_fds(fd, ack, fds, 3)) {
         region.memfd.reset();
-        engine.adopt(make_shm_server_lane(ticket.limits, std::move(handshake.socket), std::move(region)));
+        engine.adopt(numbered(make_shm_server_lane(ticket.limits, std::move(handshake.socket), std::move(region))));
         adopted = true;
       }
     } else {
       auto lane = make_tcp_server_lane(ticket.limits, std::move(handshake.socket));
       if (send_fds(fd, ack, nullptr, 0)) {
-        engine.adopt(std::move(lane));
+        engine.adopt(numbered(std::move(lane)));
         adopted = true;
       }
     }
@@ -246,6 +276,22 @@ void SidecarServer::admit(Handshake& handshake, const Ticket& ticket) {
     // Out of memory or descriptors: the socket closes with the handshake, the peer sees a refused lane.
   }
   if (!adopted) engine.release();
+}
+
+std::unique_ptr<ServerLane> SidecarServer::numbered(std::unique_ptr<ServerLane> lane) {
+  lane->set_id(next_lane_.fetch_add(1, std::memory_order_relaxed));
+  return lane;
+}
+
+void SidecarServer::migrate(uint64_t lane, size_t to) {
+  if (to >= engines_.size())
+    throw Error(Status::rejected, "engine: found " + std::to_string(to) + "; allowed: 0 to " + std::to_string(engines_.size() - 1));
+  for (const LaneStats& each : lane_stats()) {
+    if (each.id != lane || lane == 0) continue;
+    if (size_t(each.engine) != to) engines_[size_t(each.engine)]->move(lane, *engines_[to]);
+    return;
+  }
+  throw Error(Status::rejected, "lane: found " + std::to_string(lane) + "; allowed: the number of an open lane, as Stats gives it");
 }
 
 Engine& SidecarServer::least_loaded() {
@@ -345,17 +391,18 @@ void SidecarServer::close() {
 std::vector<LaneStats> SidecarServer::lane_stats() const {
   std::vector<LaneStats> all;
   std::map<std::string, LaneCounters> dropped;
-  const auto push = [&](const std::string& kind, int engine, const LaneCounters& c) {
-    all.push_back({kind, engine, c.received.get(), c.sent.get(), c.request_bytes.get(), c.response_bytes.get(), c.credit_waits.get()});
+  const auto push = [&](uint64_t id, const std::string& kind, int engine, const LaneCounters& c) {
+    all.push_back({id, kind, engine, c.received.get(), c.sent.get(), c.request_bytes.get(), c.response_bytes.get(), c.credit_waits.get(),
+                   c.busy_ns.get(), c.queued.get(), c.queued_bytes.get()});
   };
   for (size_t e = 0; e < engines_.size(); ++e)
-    engines_[e]->read_lanes([&](const std::string& kind, bool live, const LaneCounters& c) {
+    engines_[e]->read_lanes([&](uint64_t id, const std::string& kind, bool live, const LaneCounters& c) {
       if (live)
-        push(kind, int(e), c);
+        push(id, kind, int(e), c);
       else
         dropped[kind].add(c);
     });
-  for (const auto& [kind, sums] : dropped) push(kind, -1, sums);
+  for (const auto& [kind, sums] : dropped) push(0, kind, -1, sums);
   return all;
 }
 

@@ -14,9 +14,10 @@
 namespace sidepool {
 
 struct LaneStats {
+  uint64_t id;  // 0: a sum
   std::string kind;
   int engine;  // -1: the sum over lanes that have gone
-  int64_t received, sent, request_bytes, response_bytes, credit_waits;
+  int64_t received, sent, request_bytes, response_bytes, credit_waits, busy_ns, queued, queued_bytes;
 };
 
 // Thread-safe. One acceptor thread does every handshake; it never touches a lane once an engine has it.
@@ -30,6 +31,12 @@ class SidecarServer {
   void publish(std::shared_ptr<const TableSet> tables) { published_.set(std::move(tables)); }
   void listen_unix(const std::string& path);
   int listen_tcp(const std::string& host, int port);
+  // Admit rdma lanes too; returns what device and address were found. Once.
+  std::string listen_rdma(const RdmaOptions& options);
+  // An rdma lane for the ranker whose end is `peer`; returns this end.
+  std::string connect_rdma(const LaneLimits& limits, const std::string& peer);
+  // Move a lane to another engine; returns when the move has begun. Throws Error(rejected).
+  void migrate(uint64_t lane, size_t engine);
   void expect(const std::string& token, const std::string& kind, const LaneLimits& limits, double ttl_s);
   // The grpc lane: one request frame in, its response piece out, in the calling thread.
   std::string serve_frame(const std::byte* frame, size_t bytes);
@@ -67,8 +74,10 @@ class SidecarServer {
   void accept_loop();
   void accept_from(int listener, bool local);
   bool advance(Handshake& handshake);  // true: finished, one way or the other
+  static void check(const LaneLimits& limits);
   void admit(Handshake& handshake, const Ticket& ticket);
   Engine& least_loaded();
+  std::unique_ptr<ServerLane> numbered(std::unique_ptr<ServerLane> lane);
   int64_t lanes() const;
 
   Published published_;
@@ -78,10 +87,13 @@ class SidecarServer {
   const uint64_t max_frame_bytes_;
   Fd epoll_, wake_, unix_listener_, tcp_listener_;
   std::string unix_path_;
+  std::shared_ptr<RdmaServer> rdma_;
+  std::mutex admission_mutex_;  // rdma lanes are admitted by control threads; counted and placed one at a time
   std::mutex tickets_mutex_;
   std::map<std::string, Ticket> tickets_;
   std::map<int, Handshake> handshakes_;  // acceptor thread only
   std::atomic<bool> stopping_{false};
+  std::atomic<uint64_t> next_lane_{1};
   std::atomic<int64_t> direct_in_flight_{0};
   Direct direct_;
   std::thread acceptor_;

@@ -17,21 +17,43 @@ struct LaneLimits {
 };
 
 struct LaneCounters {
-  Counter received, sent, request_bytes, response_bytes, credit_waits;
+  Counter received, sent, request_bytes, response_bytes, credit_waits, busy_ns;
+  Counter queued, queued_bytes;  // requests waiting at this moment
   void add(const LaneCounters& other) {
     received.add(other.received.get());
     sent.add(other.sent.get());
     request_bytes.add(other.request_bytes.get());
     response_bytes.add(other.response_bytes.get());
     credit_waits.add(other.credit_waits.get());
+    busy_ns.add(other.busy_ns.get());
   }
 };
+
+class RdmaDomain;
 
 class ServerLane : public ResponseSink {
  public:
   ServerLane(const LaneLimits& limits, Fd socket) : limits_(limits), socket_(std::move(socket)) {}
 
   virtual const char* kind() const = 0;
+  // The calling engine thread owns the lane from now on.
+  virtual void adopted() {}
+
+  // Moving to another engine, in this order. What the lane needs at an engine with this domain; any thread. Throws
+  // Error(rejected) where such a lane cannot move.
+  struct Twin {
+    virtual ~Twin() = default;
+  };
+  virtual std::unique_ptr<Twin> make_twin(RdmaDomain* target) const = 0;
+  virtual void begin_move(std::unique_ptr<Twin>) {}
+  // Whether everything that must leave from the old engine has left.
+  virtual bool ready_to_move() const { return !wants_write(); }
+  // The last call of the old engine; the next is the new one's `adopted`.
+  virtual void leave() {}
+
+  // A number that stays with the lane, for people and statistics.
+  uint64_t id() const { return id_; }
+  void set_id(uint64_t id) { id_ = id; }
 
   // Requests that have arrived since the last call: their slots are appended. False: the peer is gone or broke the
   // protocol, and the lane must be dropped. `readable` says that the socket has something to read.
@@ -59,6 +81,7 @@ class ServerLane : public ResponseSink {
   LaneLimits limits_;
   Fd socket_;
   LaneCounters counters_;
+  uint64_t id_ = 0;
 };
 
 // What the two ends of an shm lane map. One control line per slot keeps slots from sharing a cache line.

@@ -17,6 +17,9 @@ class ShmServerLane final : public ServerLane {
   }
 
   const char* kind() const override { return "shm"; }
+  std::unique_ptr<Twin> make_twin(RdmaDomain*) const override {
+    throw Error(Status::rejected, "an shm lane stays with its engine, whose own doorbell its ranker rings");
+  }
   bool polled() const override { return true; }
   bool has_pending() const override { return header_->pending.load(std::memory_order_seq_cst) != 0; }
 

@@ -23,6 +23,7 @@ class TcpServerLane final : public ServerLane {
   }
 
   const char* kind() const override { return "tcp"; }
+  std::unique_ptr<Twin> make_twin(RdmaDomain*) const override { return nullptr; }  // its socket is all it needs
   bool polled() const override { return false; }
   bool wants_write() const override { return head_ != tail_; }
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 from lookup_world import SIDECARS, World, write_world
+from rdma_devices import DEVICES, RANKER_PATH, SIDECAR_SETTINGS
 from sidecar_process import ready
 
 from sidepool.client import EmbeddingClient
@@ -15,7 +16,7 @@ from sidepool.wire.plan import Plan
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return write_world(tmp_path_factory.mktemp("world"))
+    return write_world(tmp_path_factory.mktemp("world"), settings=SIDECAR_SETTINGS if DEVICES else None)
 
 
 @pytest.fixture(scope="session")
@@ -25,14 +26,16 @@ def served_plan(world: World) -> Iterator[Plan]:
         yield world.at(left["grpc"], right["grpc"])
 
 
-@pytest.fixture(scope="session", params=["local", "shm", "tcp", "grpc"])
+@pytest.fixture(scope="session", params=["local", "shm", "tcp", "grpc", "rdma"])
 def lane(request: pytest.FixtureRequest) -> Lane:
     name: Lane = request.param
+    if name == "rdma" and not DEVICES:
+        pytest.skip("no RDMA device on this machine; make test-rdma runs this in a guest that has some")
     return name
 
 
 @pytest.fixture(scope="session")
 def client(lane: Lane, world: World, served_plan: Plan) -> Iterator[EmbeddingClient]:
     shards = world.directory if lane == "local" else None
-    with EmbeddingClient.connect(served_plan, lane=lane, shards_dir=shards, name="contract tests") as connected:
+    with EmbeddingClient.connect(served_plan, lane=lane, shards_dir=shards, name="contract tests", rdma=RANKER_PATH) as connected:
         yield connected

@@ -11,6 +11,7 @@ import pytest
 import torch
 from lookup_world import Bags, World, expected, random_bags
 from numpy.typing import NDArray
+from rdma_devices import RANKER_PATH
 
 from sidepool.client import AsyncEmbeddingClient, EmbeddingClient, Pooled
 from sidepool.client.lanes import Lane
@@ -282,7 +283,8 @@ def test_many_threads_get_their_own_answers(client: EmbeddingClient, world: Worl
 def test_asyncio_callers_get_the_same(lane: Lane, world: World, served_plan: Plan) -> None:
     async def look_up_together() -> None:
         shards = world.directory if lane == "local" else None
-        async with await AsyncEmbeddingClient.connect(served_plan, lane=lane, shards_dir=shards, threads=4) as client:
+        options = {"lane": lane, "shards_dir": shards, "rdma": RANKER_PATH}
+        async with await AsyncEmbeddingClient.connect(served_plan, threads=4, **options) as client:
             many = [random_bags(world.plan, 3, seed=seed) for seed in range(20)]
             found = await asyncio.gather(*(client.lookup(b.values, b.lengths, b.weights, deadline_ms=PATIENT_MS) for b in many))
             for bags, pooled in zip(many, found, strict=True):
@@ -292,7 +294,8 @@ def test_asyncio_callers_get_the_same(lane: Lane, world: World, served_plan: Pla
 
 
 def test_a_closed_client_says_so(lane: Lane, world: World, served_plan: Plan) -> None:
-    client = EmbeddingClient.connect(served_plan, lane=lane, shards_dir=world.directory if lane == "local" else None)
+    shards = world.directory if lane == "local" else None
+    client = EmbeddingClient.connect(served_plan, lane=lane, shards_dir=shards, rdma=RANKER_PATH)
     client.close()
     client.close()
     bags = random_bags(world.plan, 2, seed=1)

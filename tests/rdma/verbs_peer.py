@@ -132,14 +132,20 @@ class Peer:
         self._queue_pair.post_recv(request)
         request.close()  # not freed otherwise
 
-    def write(self, wr_id: int, payload: bytes, *, to: int, immediate: int, at: int = 0, key: int | None = None) -> None:
-        """Place `payload` in own memory at `at` and write it to the other's at `to`; `key` instead of the other's own."""
+    def write(
+        self, wr_id: int, payload: bytes, *, to: int, immediate: int, at: int = 0, key: int | None = None, plain: bool = False
+    ) -> None:
+        """Place `payload` in own memory at `at` and write it to the other's at `to`; `key` instead of the other's own.
+
+        `plain`: without the immediate, so that the other is not told.
+        """
         assert self._other is not None, "connect first"
         self.memory[at : at + len(payload)] = np.frombuffer(payload, np.uint8)
         element = SGE(self._region.buf + at, len(payload), self._region.lkey)
         # pyverbs hands the number to the card as it is; the network's order is big-endian.
         swapped = int.from_bytes(immediate.to_bytes(4, "big"), "little")
-        request = SendWR(wr_id=wr_id, opcode=ibv.IBV_WR_RDMA_WRITE_WITH_IMM, num_sge=1, imm_data=swapped, sg=[element])
+        opcode = ibv.IBV_WR_RDMA_WRITE if plain else ibv.IBV_WR_RDMA_WRITE_WITH_IMM
+        request = SendWR(wr_id=wr_id, opcode=opcode, num_sge=1, imm_data=swapped, sg=[element])
         request.set_wr_rdma(self._other.key if key is None else key, self._other.memory + to)
         self._queue_pair.post_send(request)
 

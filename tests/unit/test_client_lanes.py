@@ -41,7 +41,7 @@ def test_addresses_are_split_at_the_last_colon() -> None:
 
 
 def test_wrong_options_are_named() -> None:
-    with pytest.raises(ConfigError, match="lane: found 'rdmaa'; allowed: shm, tcp, grpc, local, auto"):
+    with pytest.raises(ConfigError, match="lane: found 'rdmaa'; allowed: shm, tcp, grpc, rdma, local, auto"):
         LaneOptions(lane="rdmaa")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="allowed: only with lane 'local'"):
         LaneOptions(lane="tcp", shards=(Path("x"),))

@@ -1,0 +1,28 @@
+// What says that there is no rdma lane in a build without the verbs' headers.
+#include "rdma.hpp"
+#include "verbs.hpp"
+
+namespace sidepool {
+
+#ifdef SIDEPOOL_VERBS
+
+std::string rdma_unavailable() {
+  try {
+    verbs();
+    return "";
+  } catch (const Error& e) {
+    return e.what();
+  }
+}
+
+#else
+
+std::string rdma_unavailable() {
+  return "rdma: this build has no rdma lane: libibverbs-dev was missing; install it (Debian: apt-get install libibverbs-dev) and rebuild (make native)";
+}
+std::shared_ptr<RdmaServer> make_rdma_server(const RdmaOptions&) { throw Error(Status::transport, rdma_unavailable()); }
+std::shared_ptr<RdmaRanker> make_rdma_ranker(const RdmaOptions&, int, uint32_t) { throw Error(Status::transport, rdma_unavailable()); }
+
+#endif
+
+}  // namespace sidepool

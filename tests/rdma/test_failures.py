@@ -1,0 +1,129 @@
+"""A lane whose peer, cable or rights are gone dies alone: its lookups fail as transport errors, its memory is freed."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import cable
+import pytest
+from lane_process import hear, other_process, tell
+from lane_world import (
+    REQUEST_BYTES,
+    RESPONSE_BYTES,
+    SLOTS,
+    assert_answers,
+    attach,
+    bags,
+    joined,
+    look_up,
+    make_client,
+    make_server,
+    path,
+    wait_until,
+)
+
+from sidepool.wire.errors import Status
+
+# The shortest that a slow guest keeps without false alarms.
+TIMEOUT_S = 4.0
+OPTIONS = {"peer_timeout_s": TIMEOUT_S}
+
+
+def lanes(server: object) -> int:
+    return sum(engine["lanes"] for engine in server.stats()["engines"])  # type: ignore[attr-defined]
+
+
+def test_a_link_that_goes_down_ends_its_lanes_and_a_new_lane_works_when_it_is_back() -> None:
+    elsewhere, caller = make_server(device="rxe0"), make_client()
+    try:
+        attach(caller, elsewhere, device="rxe0")
+        with joined(ranker=OPTIONS, **OPTIONS) as both:
+            assert_answers(both.client, 3, 1)
+            with cable.link_down("vB"):
+                status, _ = look_up(both.client, bags(3, 2))
+                assert status == Status.TRANSPORT
+                assert not both.client.lane_alive(0)
+                assert both.client.wait_lane_lost(TIMEOUT_S) == 0
+                wait_until(lambda: lanes(both.server) == 0)
+                assert_answers(caller, 3, 3)
+            attach(both.client, both.server)
+            assert_answers(both.client, 3, 4)
+            assert both.both("failures") == 2
+    finally:
+        caller.close()
+        elsewhere.close()
+
+
+def test_a_silence_shorter_than_the_patience_loses_nothing() -> None:
+    with joined(ranker={"peer_timeout_s": 30.0}, peer_timeout_s=30.0) as both:
+        assert_answers(both.client, 3, 1)
+        asking = threading.Thread(target=assert_answers, args=(both.client, 3, 2))
+        with cable.losing(100, "vA"), cable.losing(100, "vB"):
+            asking.start()
+            time.sleep(3)  # twelve keepalives
+            assert asking.is_alive()
+        asking.join()
+        assert both.both("failures") == 0
+
+
+def test_a_ranker_that_was_killed_is_noticed_and_its_memory_freed() -> None:
+    with joined(**OPTIONS) as both, other_process("ask", TIMEOUT_S) as ranker:
+        tell(ranker, both.server.connect_rdma(SLOTS, REQUEST_BYTES, RESPONSE_BYTES, hear(ranker)))
+        wait_until(lambda: both.server.stats()["statuses"]["OK"] > 10)
+        assert lanes(both.server) == 2
+        ranker.kill()
+        assert_answers(both.client, 3, 1)
+        wait_until(lambda: lanes(both.server) == 1)
+        assert_answers(both.client, 3, 2)
+        assert both.both("failures") == 1
+
+
+def test_a_ranker_that_never_came_after_its_connect_is_forgotten() -> None:
+    with joined(**OPTIONS) as both:
+        offer = both.client.offer_rdma(path("rxeA"), 1, SLOTS, REQUEST_BYTES, RESPONSE_BYTES)
+        both.server.connect_rdma(SLOTS, REQUEST_BYTES, RESPONSE_BYTES, offer.end)
+        del offer
+        assert lanes(both.server) == 2
+        wait_until(lambda: lanes(both.server) == 1)
+        assert_answers(both.client, 3, 1)
+
+
+def test_a_sidecar_that_was_killed_fails_what_was_asked_of_it() -> None:
+    client = make_client()
+    offer = client.offer_rdma(path("rxeA", peer_timeout_s=TIMEOUT_S), 1, SLOTS, REQUEST_BYTES, RESPONSE_BYTES)
+    with other_process("serve", TIMEOUT_S) as sidecar:
+        tell(sidecar, offer.end)
+        client.attach_rdma(0, offer, hear(sidecar))
+        assert_answers(client, 3, 1)
+        sidecar.kill()
+        sidecar.wait()
+        assert look_up(client, bags(3, 2))[0] == Status.TRANSPORT
+    assert client.stats()["lanes"][0]["lost"] == "the peer does not answer (retries exceeded)"
+    client.close()
+
+
+@pytest.mark.parametrize("closes", ["ranker", "sidecar"])
+def test_an_end_that_closes_says_so_and_the_other_need_not_find_out(closes: str) -> None:
+    server, client = make_server(), make_client()
+    attach(client, server)
+    assert_answers(client, 3, 1)
+    begin = time.monotonic()
+    if closes == "ranker":
+        client.close()
+        wait_until(lambda: lanes(server) == 0)
+        server.close()
+    else:
+        server.close()
+        assert client.wait_lane_lost(60) == 0
+        assert client.stats()["lanes"][0]["lost"] == "the sidecar closed the lane"
+        client.close()
+    assert time.monotonic() - begin < 30  # of a patience of 60 s: it was told
+
+
+def test_slots_given_up_by_their_callers_come_back() -> None:
+    with joined(slots=2) as both:
+        for seed in range(40):
+            look_up(both.client, bags(300, seed), budget_ns=1)
+        for seed in range(10):
+            assert_answers(both.client, 300, seed)
