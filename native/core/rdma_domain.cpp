@@ -118,6 +118,7 @@ void VerbsDomain::take(const ibv_wc& completion) {
 }
 
 bool VerbsDomain::poll(uint64_t now) {
+  now_ = std::max(now_, now);
   ibv_wc completions[kBatch];
   bool found = false;
   for (int batch = 0; batch < kBatches; ++batch) {

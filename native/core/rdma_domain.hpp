@@ -40,6 +40,7 @@ class VerbsDomain final : public RdmaDomain, FailureListener {
   const RdmaCounters& counters() const override { return counters_; }
 
   RdmaDevice& device() const { return *device_; }
+  uint64_t now() const { return now_; }  // as of the last poll
   ibv_td* td() const { return td_.get(); }
   ibv_cq* cq() const { return cq_.get(); }
   RdmaCounters& count() { return counters_; }
@@ -95,7 +96,7 @@ class VerbsDomain final : public RdmaDomain, FailureListener {
   std::vector<RdmaQueue*> dirty_;
   std::vector<QueueOwner*> owners_, waiting_, resumed_;
   std::vector<Retired> retired_;
-  uint64_t next_tick_ns_ = 0;
+  uint64_t next_tick_ns_ = 0, now_ = 0;
   uint32_t unacknowledged_ = 0;
 };
 
@@ -137,10 +138,15 @@ class RdmaQueue {
   bool failed() const { return failed_; }
   // Everything that was sent is acknowledged; true only if the last write was signalled.
   bool idle() const { return completed_ == posted_ && chained_ == 0; }
+  // How long sends have waited for an acknowledgement while none came at all.
+  uint64_t silent_ns() const { return completed_ == posted_ ? 0 : domain_.now() - progress_ns_; }
 
   // For the domain.
   void received(const ibv_wc& completion);
-  void sent(uint32_t count) { completed_ += uint32_t(count - uint32_t(completed_)); }
+  void sent(uint32_t count) {
+    completed_ += uint32_t(count - uint32_t(completed_));
+    progress_ns_ = domain_.now();
+  }
   void fail(const char* why);
   void end_round() {
     doorbells_in_round_ = 0;
@@ -167,7 +173,7 @@ class RdmaQueue {
   std::vector<ibv_send_wr> sends_;
   std::vector<ibv_sge> pieces_;
   std::vector<ibv_recv_wr> receives_;
-  uint64_t posted_ = 0, completed_ = 0;
+  uint64_t posted_ = 0, completed_ = 0, progress_ns_ = 0;
   uint32_t chained_ = 0, consumed_ = 0, doorbells_in_round_ = 0;
 };
 

@@ -12,7 +12,7 @@ constexpr uint32_t kOwnMessages = 8;
 // have no buffers, so they cost a descriptor each.
 constexpr uint32_t kPieceReceives = 256;
 // The control queue carries a grant per quarter window and a keepalive per tick.
-constexpr RdmaQueue::Depths kControlDepths{32, 0};
+constexpr RdmaQueue::Depths kControlDepths{64, 0};
 
 Owned<ibv_mr> register_memory(ibv_pd* pd, const Mapping& memory, int access, const char* what) {
   return require(verbs().reg_mr(pd, memory.data(), memory.bytes(), access),
@@ -104,7 +104,13 @@ void RdmaPeer::on_failure(RdmaQueue& queue, const char* why) {
 
 void RdmaPeer::on_tick(uint64_t) {
   // The grant as it stands: repairs one that was lost in a move, and finds out whether the peer is still there.
-  if (!failed()) give_grant(true);
+  if (failed()) return;
+  const uint64_t patience = uint64_t(domain().device().options().peer_timeout_s * 1e9);
+  const uint64_t silent = (piggybacks() ? data() : *link_.control).silent_ns();
+  // Providers were seen to lose a queue pair's retries altogether (SoftRoCE, link down): no verdict is one too.
+  if (silent > 3 * patience) return fail("the peer does not answer");
+  // Most sends ask for no completion; while none comes, this one does.
+  give_grant(true, silent > patience / 4);
 }
 
 void RdmaPeer::send(const std::byte* from, uint32_t lkey, size_t bytes, uint64_t to, RdmaImmediate immediate) {
@@ -141,7 +147,7 @@ void RdmaPeer::take_grant(const RdmaGrant& grant) {
   }
 }
 
-void RdmaPeer::give_grant(bool always) {
+void RdmaPeer::give_grant(bool always, bool signalled) {
   const bool due = window_.due();
   if (due && due_since_ns_ == 0) due_since_ns_ = now_ns();
   RdmaQueue& queue = piggybacks() ? data() : *link_.control;
@@ -149,7 +155,8 @@ void RdmaPeer::give_grant(bool always) {
   RdmaGrant& outgoing = memory_->outgoing().grant;
   outgoing = {window_.grant(), due ? due_since_ns_ : now_ns()};
   due_since_ns_ = 0;
-  queue.write({&outgoing, memory_->page_mr->lkey, sizeof outgoing, peer_.control_address + offsetof(RdmaControl, grant), peer_.control_rkey});
+  queue.write({&outgoing, memory_->page_mr->lkey, sizeof outgoing, peer_.control_address + offsetof(RdmaControl, grant), peer_.control_rkey,
+               nullptr, signalled});
 }
 
 void RdmaPeer::put_grant(std::byte* header) {

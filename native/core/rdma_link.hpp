@@ -105,7 +105,7 @@ class RdmaPeer : public QueueOwner {
   bool take_grant();
   void take_grant(const RdmaGrant& grant);
   // Tell the peer how much it may send, where enough has been consumed or `always`.
-  void give_grant(bool always = false);
+  void give_grant(bool always = false, bool signalled = false);
   // In frames, where credits are piggybacked.
   void put_grant(std::byte* header);
   void wait_for_credit();

@@ -147,6 +147,7 @@ void RdmaQueue::flush(bool during_pooling) {
   if (chained_ == 0 || failed_) return;
   for (uint32_t i = 0; i + 1 < chained_; ++i) sends_[i].next = &sends_[i + 1];
   sends_[chained_ - 1].next = nullptr;
+  if (completed_ == posted_) progress_ns_ = domain_.now();
   posted_ += chained_;
   chained_ = 0;
   RdmaCounters& counters = domain_.count();

@@ -16,7 +16,7 @@ Verbs load() {
   // Never closed: its providers keep state for as long as the process lives.
   void* library = dlopen("libibverbs.so.1", RTLD_NOW | RTLD_LOCAL);
   if (library == nullptr)
-    throw Error(Status::transport, std::string("rdma: libibverbs cannot be loaded (Debian: apt-get install ibverbs-providers): ") + dlerror());
+    throw Error(Status::transport, std::string("rdma: libibverbs cannot be loaded: ") + dlerror() + "; apt-get install libibverbs1 ibverbs-providers");
   Verbs v;
   find(library, v.get_device_list, "ibv_get_device_list");
   find(library, v.free_device_list, "ibv_free_device_list");

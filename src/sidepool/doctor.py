@@ -157,6 +157,16 @@ def lane_grpc() -> Finding:
     return Finding("lane grpc", "ok", f"grpcio {version}")
 
 
+def rdma_lane() -> Finding:
+    """Whether this build has the rdma lane, and the library that it loads when it is used."""
+    try:
+        from sidepool import _native
+    except ImportError as e:
+        return Finding("lane rdma", "absent", f"the native core cannot be imported: {e}", "build it: make native")
+    found, _, todo = _native.rdma_unavailable().partition("; ")
+    return Finding("lane rdma", "absent" if found else "ok", found or "built in; libibverbs loads", todo)
+
+
 def rdma(root: Path = SYS, dev: Path = DEV, library: str = "libibverbs.so.1") -> list[Finding]:
     """Looks for verbs devices and the library that drives them; then every port."""
     devices = rdma_devices(root)
@@ -326,6 +336,7 @@ CHECKS: tuple[Callable[[], Finding | list[Finding]], ...] = (
     lane_shm,
     lane_tcp,
     lane_grpc,
+    rdma_lane,
     rdma,
     torch,
     triton,

@@ -84,7 +84,7 @@ def test_a_ranker_that_never_came_after_its_connect_is_forgotten() -> None:
         offer = both.client.offer_rdma(path("rxeA"), 1, SLOTS, REQUEST_BYTES, RESPONSE_BYTES)
         both.server.connect_rdma(SLOTS, REQUEST_BYTES, RESPONSE_BYTES, offer.end)
         del offer
-        assert lanes(both.server) == 2
+        wait_until(lambda: lanes(both.server) == 2)
         wait_until(lambda: lanes(both.server) == 1)
         assert_answers(both.client, 3, 1)
 
