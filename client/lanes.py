@@ -171,6 +171,8 @@ class Lanes:
                 self._native.wait_lane_lost(WATCH_S)
                 continue
             for sidecar in down:
+                if sidecar not in outages and (why := self._native.stats()["lanes"][sidecar]["lost"]):
+                    _log.warning("%s: lane lost: %s", self._peers[sidecar], why)
                 outage = outages.setdefault(sidecar, _Outage())
                 if time.monotonic() < outage.due or self._stop.is_set():
                     continue

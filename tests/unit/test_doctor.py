@@ -11,7 +11,8 @@ import pytest
 from sidepool import doctor
 from sidepool.__main__ import main
 
-EVERYTHING = {"SIMD", "huge pages", "hugetlbfs", "memlock", "lane shm", "lane tcp", "lane grpc", "lane rdma", "RDMA", "torch", "Triton"}
+LANES = {"lane shm", "lane tcp", "lane grpc", "lane rdma"}
+EVERYTHING = LANES | {"SIMD", "huge pages", "hugetlbfs", "memlock", "RDMA", "torch", "Triton"}
 EVERYTHING |= {"lookahead", "cores", "NUMA", "/dev/shm"}
 
 
