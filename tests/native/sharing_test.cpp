@@ -127,7 +127,8 @@ struct Answer {
 size_t payload_bytes(const Frame& frame, const TableSet& tables) {
   size_t bytes = 0;
   for (const FeatureEntry& entry : frame.entries) {
-    bytes += block_bytes(tables.feature(int32_t(entry.feature)), kKinds[entry.feature].dim, frame.batch, entry.value_count);
+    const Feature& feature = tables.feature(int32_t(entry.feature));
+    bytes += block_bytes(feature.pooling, kKinds[entry.feature].dim, frame.batch, entry.value_count, OutputFormat::fp32);
   }
   return std::max(bytes, kAlign);
 }
