@@ -74,6 +74,11 @@ Fault plan_features(const TableSet& tables, const ServeInput& input, Plan& plan)
   const ParsedRequest& request = *input.request;
   plan.features.clear();
   plan.ends.clear();
+  // Room for any cut of as many features: whether a lookup is shared, and how it is cut, changes from one to the next.
+  const size_t most = request.entries.size() + size_t(kMaxPieces);
+  plan.tasks.reserve(most);
+  plan.parts.reserve(most);
+  plan.pieces.reserve(most);
   BagCursor cursor(request);
   const OutputFormat output = request.header.output_format;
   size_t used = 0;
@@ -154,11 +159,6 @@ Fault pool_shared(Plan& plan, int64_t value_count, Sharing& sharing, Settlement&
   plan.tasks.clear();
   plan.parts.clear();
   plan.pieces.clear();
-  // Room for any cut of as many features: what is believed of the cost of an id changes from lookup to lookup.
-  const size_t most = plan.features.size() + size_t(kMaxPieces);
-  plan.tasks.reserve(most);
-  plan.parts.reserve(most);
-  plan.pieces.reserve(most);
   for (uint32_t i = 0; i < plan.features.size(); ++i) cut(plan.features[i], i, values, plan.tasks, plan.parts);
   group(plan.tasks, values, plan.pieces);
   Offer& offer = sharing.board->offer(sharing.engine);
