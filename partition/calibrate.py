@@ -7,14 +7,16 @@ import time
 from collections.abc import Callable
 
 import torch
+from torch.nn.functional import embedding_bag
 
 from sidepool.partition.profiles import DEFAULT_CPU, DEFAULT_GPU, Processor, Profiles, shipped
 
 # Per figure; the best run counts, since everything that disturbs a run makes it slower.
 SECONDS, LEAST_RUNS = 0.4, 5
 MATRIX = 1024  # 2 GFLOP per product: far above any launch
-STREAM_VALUES = 1 << 24  # 64 MB: larger than a core's share of any cache
-GATHER_ROWS, GATHER_DIM, GATHERED = 1 << 18, 64, 1 << 16  # rows of 256 bytes out of 64 MB
+STREAM_VALUES = 1 << 26  # 256 MB: more than the caches of most machines
+GATHER_ROWS, GATHER_DIM = 1 << 20, 64  # rows of 256 bytes out of the same 256 MB
+BAGS, BAG_IDS = 1 << 12, 32  # so that what is written is little beside what is read
 
 
 def calibrate() -> Profiles:
@@ -30,16 +32,17 @@ def calibrate() -> Profiles:
 def _measure(device: str, what: str, like: Processor) -> Processor:
     """`like` gives what torch cannot measure: watts, and the fixed cost of a lookup in a sidecar."""
     with torch.no_grad():
-        square = torch.rand(MATRIX, MATRIX, device=device)
-        stream = torch.rand(STREAM_VALUES, device=device)
-        table = torch.rand(GATHER_ROWS, GATHER_DIM, device=device)
-        ids = torch.randint(0, GATHER_ROWS, (GATHERED,), device=device)
+        # Results go into memory that exists: fresh pages cost many times the copy itself.
+        square, product = torch.rand(2, MATRIX, MATRIX, device=device)
+        stream = torch.ones(STREAM_VALUES, device=device)
+        table = stream.view(GATHER_ROWS, GATHER_DIM)
+        ids = torch.randint(0, GATHER_ROWS, (BAGS, BAG_IDS), device=device)
         tiny = torch.rand(8, device=device)
         launch = _seconds(device, lambda: torch.relu(tiny), repeat=100)
         return Processor(
-            flops_per_s=2 * MATRIX**3 / _seconds(device, lambda: square @ square),
-            bytes_per_s=2 * stream.nbytes / _seconds(device, lambda: torch.relu(stream)),
-            gather_bytes_per_s=2 * GATHERED * GATHER_DIM * 4 / _seconds(device, lambda: table.index_select(0, ids)),
+            flops_per_s=2 * MATRIX**3 / _seconds(device, lambda: torch.mm(square, square, out=product)),
+            bytes_per_s=2 * stream.nbytes / _seconds(device, lambda: stream.mul_(1.0)),
+            gather_bytes_per_s=ids.numel() * GATHER_DIM * 4 / _seconds(device, lambda: embedding_bag(ids, table, mode="sum")),
             launch_ns=launch * 1e9,
             lookup_ns=like.lookup_ns if device == "cpu" else launch * 1e9,
             watts=like.watts,
