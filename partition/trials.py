@@ -47,7 +47,7 @@ def _fresh(captured: Captured, lookups: Sequence[Lookup], generator: torch.Gener
         if node in offsets:
             total = captured.examples[captured.inputs.index(offsets[node].values)].shape[0]
             yield _shuffled_bags(example, total, offsets[node].include_last_offset, generator)
-        elif example.dtype.is_floating_point:
+        elif example.dtype.is_floating_point and example.numel():
             low, high = example.min(), example.max()
             yield (low + (high - low) * torch.rand(example.shape, generator=generator)).to(example.dtype)
         elif node in values or any(isinstance(x.source, Columns) and x.source.root is node for x in lookups):
