@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +15,7 @@ from pathlib import Path
 import yaml
 from torch import Tensor
 
+from sidepool.partition.check import Trial, check_artifact, write_check
 from sidepool.partition.report import PartitionReport
 from sidepool.partition.rows import RowError
 from sidepool.partition.shard_writer import write_shard
@@ -34,11 +35,16 @@ def check_out_dir(out_dir: Path) -> None:
 
 
 def write_artifact(
-    out_dir: Path, report: PartitionReport, weights: Mapping[str, Tensor], programs: Mapping[str, bytes], options: TritonOptions
+    out_dir: Path,
+    report: PartitionReport,
+    weights: Mapping[str, Tensor],
+    programs: Mapping[str, bytes],
+    options: TritonOptions,
+    trials: Sequence[Trial],
 ) -> PartitionReport:
-    """Write everything; returns the report with the errors of the rows as they were written.
+    """Write everything, then run it from its files; returns the report with the errors of the rows as they were written.
 
-    weights: the tables, by name. programs: file name → content. Raises `CutError`; leaves no half.
+    weights: the tables, by name. programs: file name → content. trials: what it must compute. Raises `CutError`; leaves no half.
     """
     errors: dict[str, RowError] = {}
     try:
@@ -49,6 +55,8 @@ def write_artifact(
                 errors |= _write_sidecar(staging, report.plan, index, weights)
             report = replace(report, row_errors=errors)
             report.write(staging)
+            write_check(staging, trials)
+            check_artifact(staging)
     except OSError as e:
         raise CutError(f"out: {out_dir} cannot be written: {e}") from e
     return report

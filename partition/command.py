@@ -20,9 +20,14 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `sidepool partition`."""
     parser.add_argument(
-        "source", metavar="MODULE:FUNCTION", help="function that returns (model, example_inputs); MODULE may be a .py file"
+        "source",
+        nargs="?",
+        metavar="MODULE:FUNCTION",
+        help="function that returns (model, example_inputs); MODULE may be a .py file",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write; must be empty or not exist")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where to write; must be empty or not exist")
+    parser.add_argument("--check", type=Path, metavar="DIR", help="instead: verify an artifact that was written before")
+    parser.add_argument("--calibrate", type=Path, metavar="FILE", help="instead: measure this machine and write its profile")
     parser.add_argument("--name", help="name of the Triton model (default: FUNCTION)")
     parser.add_argument("--sidecars", type=int, default=2, metavar="N", help="number of sidecars (default: 2)")
     parser.add_argument(
@@ -56,10 +61,59 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="plan epoch; raise it when replacing an artifact in service (default: 1)",
     )
+    _add_cut_arguments(parser)
+
+
+def _add_cut_arguments(parser: argparse.ArgumentParser) -> None:
+    cut = parser.add_argument_group("the cut (docs/partition.md)")
+    cut.add_argument("--link", metavar="NAME", help="profile of the network between ranker and sidecars (default: 100g-roce)")
+    cut.add_argument(
+        "--objective", choices=("latency", "throughput", "gpu_cost"), help="what the cut makes least (default: latency)"
+    )
+    cut.add_argument("--cpu", metavar="NAME", help="profile of the CPU nodes, or a file of --calibrate (default: epyc-9654)")
+    cut.add_argument("--gpu", metavar="NAME", help="profile of the GPU, or a file of --calibrate (default: a100-80gb)")
+    cut.add_argument(
+        "--gpu-table-bytes",
+        type=int,
+        default=0,
+        metavar="N",
+        help="bytes of tables that may stay with the dense program where that is cheaper (default: 0, every table leaves)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Partition and print the report; raises `CutError` or `PlanError`."""
+    """Partition and print the report, or what is asked for instead; raises a `SidepoolError`."""
+    instead = [x for x in (args.check, args.calibrate) if x is not None]
+    if len(instead) + (args.source is not None) != 1 or (args.source is not None) != (args.out is not None):
+        raise CutError(
+            "arguments: allowed: MODULE:FUNCTION with --out DIR, or --check DIR alone, or --calibrate FILE alone\n"
+            "remedy: sidepool partition --help"
+        )
+    if args.check is not None:
+        return _check(args.check)
+    return _calibrate(args.calibrate) if args.calibrate is not None else _partition(args)
+
+
+def _check(directory: Path) -> int:
+    from sidepool.partition.check import check_artifact
+
+    print(check_artifact(directory))
+    return 0
+
+
+def _calibrate(path: Path) -> int:
+    from sidepool.partition.calibrate import calibrate
+    from sidepool.partition.profiles import save_profiles
+    from sidepool.wire.config import dump_yaml
+
+    profiles = calibrate()
+    save_profiles(profiles, path)
+    print(dump_yaml(profiles), end="")
+    print(f"written to {path}; use it as --cpu {path}" + (f" --gpu {path}" if profiles.gpu else ""))
+    return 0
+
+
+def _partition(args: argparse.Namespace) -> int:
     from sidepool.partition.partitioner import partition_model
     from sidepool.partition.triton_config import TritonOptions
 
@@ -74,6 +128,8 @@ def run(args: argparse.Namespace) -> int:
         row_format=args.row_format,
         epoch=args.epoch,
         triton=TritonOptions(max_batch=args.max_batch, instance_kind=args.instance_kind, lane=args.lane),
+        gpu_table_bytes=args.gpu_table_bytes,
+        **{k: v for k in ("link", "objective", "cpu", "gpu") if (v := getattr(args, k)) is not None},
     )
     print(report.text, end="")
     print(f"written to {report.out_dir}")

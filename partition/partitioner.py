@@ -12,14 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from sidepool.partition.artifact import check_out_dir, write_artifact
-from sidepool.partition.capture import Captured, capture, source_line
+from sidepool.partition.capture import Captured, capture, quiet_torch, source_line
+from sidepool.partition.check import Trial
+from sidepool.partition.cut_model import CutOptions, Objective
+from sidepool.partition.cut_report import CutReport
+from sidepool.partition.decision import decide
 from sidepool.partition.lookups import ROW_DTYPES, Jagged, Lookup, feature_names, find_lookups
 from sidepool.partition.planning import make_plan
+from sidepool.partition.profiles import DEFAULT_CPU, DEFAULT_GPU, DEFAULT_LINK
 from sidepool.partition.programs import Cut, cut_programs, program_bytes
 from sidepool.partition.report import PartitionReport
 from sidepool.partition.sources import packet
+from sidepool.partition.trials import trials
 from sidepool.partition.triton_config import TritonOptions
-from sidepool.partition.verify import verify_cut
+from sidepool.partition.verify import look_up_examples, verify_cut
 from sidepool.wire.config import decode
 from sidepool.wire.errors import PlanError
 from sidepool.wire.model import DenseProgram, FeatureSource, FixedSource, IndexProgram, JaggedSource, ModelSpec, OutputDtype
@@ -42,6 +48,11 @@ def partition_model(
     row_format: RowFormat | str | None = None,
     epoch: int = 1,
     triton: TritonOptions | None = None,
+    link: str = DEFAULT_LINK,
+    objective: Objective = "latency",
+    cpu: str = DEFAULT_CPU,
+    gpu: str = DEFAULT_GPU,
+    gpu_table_bytes: int = 0,
 ) -> PartitionReport:
     """Cut `model` into lookups and a dense program and write the artifact into `out_dir` (new or empty).
 
@@ -50,6 +61,9 @@ def partition_model(
     row_format: how rows are stored; default: as the model has them (float32, float16 or bfloat16).
     addresses: `host:port` of every sidecar's control plane; default: 127.0.0.1, ports from 50151.
     epoch: of the plan; give a higher one when an artifact replaces another that is being served.
+    link, cpu, gpu: hardware profiles that the cut is costed for (docs/partition.md); cpu and gpu may be calibrated files.
+    objective: what the cut makes least: a request's latency, work per request (throughput), or the GPU's share of it (gpu_cost).
+    gpu_table_bytes: tables of up to so many bytes in all may stay with the dense program where that is cheaper.
     Raises `CutError` (model, inputs, output directory) and `PlanError` (names, sidecars, addresses).
     """
     out = Path(out_dir)
@@ -58,9 +72,13 @@ def partition_model(
     stored_as = None if row_format is None else _row_format(row_format)
     check_out_dir(out)
     captured = capture(model, example_inputs)
-    cut = cut_programs(captured, find_lookups(captured))
+    found = find_lookups(captured)
+    options = CutOptions(link, objective, cpu, gpu, gpu_table_bytes, sidecars)
+    decision = decide(captured, found, {x: _ids_per_bag(captured, x) for x in found}, options)
+    cut = cut_programs(captured, decision.lookups)
     own_dtype = ROW_DTYPES[cut.lookups[0].weight.dtype]
-    error = verify_cut(captured, cut)
+    tried = trials(captured, found)
+    error = max(verify_cut(trial, cut) for trial in tried)
     names = feature_names(cut.lookups)
     ids = {feature: _ids_per_bag(captured, lookup) for feature, lookup in zip(names, cut.lookups, strict=True)}
     plan = _plan(name, cut, names, ids, sidecars, addresses, stored_as or RowFormat(own_dtype), epoch)
@@ -68,8 +86,20 @@ def partition_model(
     programs = {DENSE_FILE: program_bytes(cut.dense)}
     if cut.index is not None:
         programs[INDEX_FILE] = program_bytes(cut.index)
-    report = PartitionReport(plan, spec, out, ids, len(programs[DENSE_FILE]), error, _kept(captured, cut))
-    return write_artifact(out, report, {x.table: x.weight for x in cut.lookups}, programs, triton or TritonOptions())
+    chosen = CutReport(decision)
+    kept = [*chosen.kept, *_kept(captured, found)]
+    report = PartitionReport(plan, spec, out, ids, len(programs[DENSE_FILE]), error, kept, chosen)
+    recorded = [_recorded(trial, cut, names) for trial in tried]
+    return write_artifact(out, report, {x.table: x.weight for x in cut.lookups}, programs, triton or TritonOptions(), recorded)
+
+
+def _recorded(trial: Captured, cut: Cut, names: Sequence[str]) -> Trial:
+    """What the artifact must compute for one trial's inputs."""
+    inputs = {str(n.target): value for n, value in zip(trial.inputs, trial.examples, strict=True)}
+    with torch.no_grad(), quiet_torch():
+        looked_up = look_up_examples(trial, cut)
+    outputs = dict(zip(trial.output_names, trial.expected, strict=True))
+    return inputs, {name: looked_up[x] for name, x in zip(names, cut.lookups, strict=True)}, outputs
 
 
 def _row_format(found: RowFormat | str) -> RowFormat:
@@ -148,9 +178,9 @@ def _ids_per_bag(captured: Captured, lookup: Lookup) -> float:
     return values.numel() / captured.expected[0].shape[0]
 
 
-def _kept(captured: Captured, cut: Cut) -> list[str]:
-    """Embedding operators that did not leave the model."""
-    moved = {lookup.node for lookup in cut.lookups}
+def _kept(captured: Captured, lookups: Sequence[Lookup]) -> list[str]:
+    """Embedding operators that could not leave the model."""
+    moved = {lookup.node for lookup in lookups}
     operators = {torch.ops.aten.embedding, torch.ops.aten.embedding_bag}
     kept = [n for n in captured.graph.nodes if packet(n) in operators and n not in moved]
     return [f"{n.name} ({source_line(n)}): no parameter is looked up by the model's inputs there" for n in kept]

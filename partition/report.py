@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from sidepool.partition.cut_report import CutReport
 from sidepool.partition.rows import RowError
 from sidepool.partition.triton_config import describe_inputs
 from sidepool.wire.model import FixedSource, ModelSpec
@@ -35,6 +36,8 @@ class PartitionReport:
     """Largest difference between the partitioned and the original model on the example inputs."""
     kept: Sequence[str]
     """Embedding operators that stay in the dense program, and why."""
+    cut: CutReport
+    """Why what runs where, and what else would have cost."""
     row_errors: Mapping[str, RowError] = field(default_factory=dict)
     """What storing its rows cost each table; known once they are written."""
 
@@ -53,6 +56,7 @@ class PartitionReport:
             "inputs": describe_inputs(self.model),
             "outputs": [f"{t.name}: {t.dtype} {list(t.shape)}" for t in self.model.outputs],
             "kept_in_dense": list(self.kept),
+            "cut": self.cut.json,
         }
 
     @cached_property
@@ -71,6 +75,7 @@ class PartitionReport:
             + self.model.dense.pooled_dtype
             + "".join(f", {name}" for name in (*self.model.dense.sequences, *self.model.dense.inputs)),
             *(f"  kept in dense {line}" for line in self.kept),
+            *(f"  cut           {line}" for line in self.cut.verdict),
             "",
             *_columns(["sidecar", "address", "tables", "rows held", *(f"wire, batch {b}" for b in REPORTED_BATCHES)], [
                 [s["name"], s["address"], str(s["tables"]), _size(s["bytes"]), *map(_wire, s["wire_bytes"].values())]
@@ -95,8 +100,14 @@ class PartitionReport:
         ]  # fmt: skip
         return "\n".join(lines) + "\n"
 
+    def explain(self) -> str:
+        """Why the cut is where it is: costs of every operator and of the alternatives."""
+        return self.cut.text
+
     def write(self, directory: Path) -> None:
-        """Write `report.txt` and `report.json`."""
+        """Write `report.txt`, `report.json`, `cut.txt` and `cut.html`."""
+        (directory / "cut.txt").write_text(self.cut.text, encoding="utf-8")
+        (directory / "cut.html").write_text(self.cut.html, encoding="utf-8")
         (directory / "report.txt").write_text(self.text, encoding="utf-8")
         (directory / "report.json").write_text(json.dumps(self.json, indent=1) + "\n", encoding="utf-8")
 

@@ -23,7 +23,7 @@ _MOVES = {
     aten.clone, aten.contiguous, aten.detach, aten.alias, aten.lift_fresh_copy, aten.expand,
 }  # fmt: skip
 # Operators that read sizes only: what lies before them does not reach the values.
-_SIZES = {aten.sym_size, aten.sym_numel, aten.sym_stride}
+SIZES = {aten.sym_size, aten.sym_numel, aten.sym_stride}
 # Column probing runs the movement operators on this many rows; two sizes tell a batch from a constant.
 _PROBE_BATCHES = (2, 3)
 
@@ -42,6 +42,11 @@ def packet(node: fx.Node) -> Any:
     return getattr(node.target, "overloadpacket", node.target)
 
 
+def is_moved(node: fx.Node) -> bool:
+    """Whether a node gives its input another shape, or a part of it, and computes nothing."""
+    return packet(node) in _MOVES or node.target is operator.getitem
+
+
 def value_ancestors(*nodes: fx.Node) -> Iterator[fx.Node]:
     """`nodes` and everything whose values (not only sizes) they depend on."""
     seen: set[fx.Node] = set()
@@ -52,7 +57,7 @@ def value_ancestors(*nodes: fx.Node) -> Iterator[fx.Node]:
             continue
         seen.add(node)
         yield node
-        if packet(node) not in _SIZES:
+        if packet(node) not in SIZES:
             waiting.extend(node.all_input_nodes)
 
 

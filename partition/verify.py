@@ -1,14 +1,17 @@
-"""Check a cut against the model itself, on the example inputs, before anything is written."""
+"""Check a cut against the model itself, on the example inputs and on random ones, before anything is written."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
-from sidepool.partition.capture import Captured, quiet_torch
+from sidepool.partition.capture import Captured, quiet_torch, source_line
 from sidepool.partition.lookups import Jagged, Lookup
-from sidepool.partition.programs import Cut, example_arguments
+from sidepool.partition.programs import Cut, cut_programs, example_arguments
+from sidepool.partition.sources import evaluate
 from sidepool.wire.errors import CutError
 from sidepool.wire.plan import Pooling
 
@@ -28,7 +31,11 @@ def verify_cut(captured: Captured, cut: Cut) -> float:
         looked_up = look_up_examples(captured, cut)
         arguments = example_arguments(cut, captured, looked_up)
         dense = cut.dense.module(check_guards=False)
-        worst = _compare(captured, dense(*arguments), captured.expected, unit, "the partitioned model differs from the original")
+        found = dense(*arguments)
+        try:
+            worst = _compare(captured, found, captured.expected, unit, "the partitioned model differs from the original")
+        except CutError as e:
+            raise CutError(f"{e}\n{first_difference(captured, cut, unit)}") from e
         try:
             first = dense(*(a[:1] for a in arguments))
         except Exception as e:
@@ -37,6 +44,45 @@ def verify_cut(captured: Captured, cut: Cut) -> float:
         what = "the first sample alone scores differently: the model mixes the samples of a batch"
         _compare(captured, first, expected, unit, what)
     return worst
+
+
+def first_difference(captured: Captured, cut: Cut, unit: float) -> str:
+    """The first operator, in the model's order, whose result in the cut is not the model's: for messages."""
+    known: dict[fx.Node, object] = {node: value for node, (_, value) in captured.states.items()}
+    known |= dict(zip(captured.inputs, captured.examples, strict=True))
+    looked_up = look_up_examples(captured, cut)
+    for lookup in cut.lookups:
+        theirs = evaluate(lookup.output, known)
+        ours = looked_up[lookup]
+        if lookup.weights is None and not same_within_rounding(ours.reshape(theirs.shape), theirs, unit):
+            return _blame(lookup.output)
+    batches = {str(n.meta["val"].shape[0]) for n in captured.outputs}
+    # What has a batch, since a program's outputs must; nothing before the lookups, which the dense program does not have.
+    ends = {x.output for x in cut.lookups}
+    dense_nodes: set[fx.Node] = set()
+    waiting = list(captured.outputs)
+    while waiting:
+        node = waiting.pop()
+        if node not in dense_nodes and node not in ends:
+            dense_nodes.add(node)
+            waiting.extend(node.all_input_nodes)
+    probes = [n for n in captured.graph.nodes if n in dense_nodes and n.op == "call_function" and _has_batch(n, batches)]
+    probing = replace(captured, outputs=tuple(probes))
+    dense = cut_programs(probing, cut.lookups).dense.module(check_guards=False)
+    results = dense(*example_arguments(cut, captured, looked_up))
+    for node, ours in zip(probes, results, strict=True):
+        if not same_within_rounding(ours, evaluate(node, known), unit):
+            return _blame(node)
+    return "no single operator differs: small differences add up"
+
+
+def _has_batch(node: fx.Node, batches: set[str]) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.dim() > 0 and str(value.shape[0]) in batches
+
+
+def _blame(node: fx.Node) -> str:
+    return f"first operator that differs: {node.name} ({source_line(node)})"
 
 
 def look_up_examples(captured: Captured, cut: Cut) -> dict[Lookup, Tensor]:
@@ -73,12 +119,17 @@ def _look_up(lookup: Lookup, inputs: dict[fx.Node, Tensor]) -> Tensor:
 
 def _compare(captured: Captured, found: object, expected: tuple[Tensor, ...], unit: float, what: str) -> float:
     """Largest difference; `unit`: the last place of 1.0 in the dtype that the model computes in."""
-    relative, absolute = max(RELATIVE, ROUNDINGS * unit), max(ABSOLUTE, ROUNDINGS * unit)
     worst = 0.0
     outputs = (found,) if isinstance(found, Tensor) else found
     for name, ours, theirs in zip(captured.output_names, outputs, expected, strict=True):  # type: ignore[call-overload]
-        if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=relative, atol=absolute, equal_nan=True):
+        if not same_within_rounding(ours, theirs, unit):
             raise CutError(f"output {name}: {what}\nremedy: make samples independent of each other, and forward deterministic")
         if theirs.numel():
             worst = max(worst, float((ours.double() - theirs.double()).abs().nan_to_num().max()))
     return worst
+
+
+def same_within_rounding(ours: Tensor, theirs: Tensor, unit: float) -> bool:
+    """Whether two results differ by rounding only; `unit`: the last place of 1.0."""
+    relative, absolute = max(RELATIVE, ROUNDINGS * unit), max(ABSOLUTE, ROUNDINGS * unit)
+    return ours.shape == theirs.shape and torch.allclose(ours, theirs, rtol=relative, atol=absolute, equal_nan=True)

@@ -48,11 +48,12 @@ def crc32c_bit_by_bit(data: bytes) -> int:
 def test_the_layout_is_the_documented_one(fixed: tuple[PartitionReport, torch.nn.Module]) -> None:
     out = fixed[0].out_dir
     files = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
-    shards = {f for f in files if f.endswith(".safetensors")}
+    shards = {f for f in files if f.endswith(".safetensors")} - {"check.safetensors"}
     assert len(shards) == 26
     assert all(re.fullmatch(r"sidecars/sidecar-[01]/shards/table-\d{4}\.safetensors", f) for f in shards)
     assert files - shards == {
-        "plan.yaml", "report.txt", "report.json", "model_repository/dlrm/config.pbtxt", "model_repository/dlrm/1/model.py",
+        "plan.yaml", "report.txt", "report.json", "cut.txt", "cut.html", "check.safetensors",
+        "model_repository/dlrm/config.pbtxt", "model_repository/dlrm/1/model.py",
         "model_repository/dlrm/1/plan.yaml", "model_repository/dlrm/1/model.yaml", "model_repository/dlrm/1/dense.pt2",
         "sidecars/sidecar-0/sidecar.yaml", "sidecars/sidecar-0/shards/shards.json",
         "sidecars/sidecar-1/sidecar.yaml", "sidecars/sidecar-1/shards/shards.json",
