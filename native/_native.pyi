@@ -119,7 +119,16 @@ class SidecarServer:
         """Serve `tables` from now on; lookups under another epoch are refused with status PLAN."""
     def listen_unix(self, path: str) -> None:
         """Accept shm lanes on a Unix socket (mode 0600). `NativeError` if the path is taken by a live listener."""
-    def listen_tcp(self, host: str, port: int) -> int:
+    def listen_tcp(
+        self,
+        host: str,
+        port: int,
+        *,
+        dedicated: bool = False,
+        window_bytes: int = 0,
+        traffic_class: int = 0,
+        control_traffic_class: int = 0,
+    ) -> int:
         """Accept tcp lanes; returns the bound port. `NativeError` names the address that is taken."""
     def expect(self, token: bytes, lane: str, slots: int, request_bytes: int, response_bytes: int, ttl_s: float) -> None:
         """Admit one lane (`shm` or `tcp`) that presents this 16-byte token within `ttl_s`. Slot sizes in bytes."""
@@ -167,7 +176,9 @@ class LookupClient:
     def attach_local(self, sidecar: int, tables: TableSet) -> None: ...
     def attach_shm(self, sidecar: int, path: str, token: bytes, timeout_s: float) -> None:
         """Connect an shm lane to the Unix socket `path`; replaces a dead lane. Raises `NativeError`."""
-    def attach_tcp(self, sidecar: int, host: str, port: int, token: bytes, timeout_s: float) -> None: ...
+    def attach_tcp(
+        self, sidecar: int, host: str, port: int, token: bytes, timeout_s: float, window_bytes: int = 0
+    ) -> None: ...
     def offer_rdma(
         self, options: dict[str, Any], engines: int, slots: int, request_bytes: int, response_bytes: int
     ) -> RdmaOffer:

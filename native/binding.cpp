@@ -91,7 +91,7 @@ nb::dict server_stats(SidecarServer& server) {
     for (size_t s = 0; s < kStatusCount; ++s) statuses[s] += direct.counters.statuses[s].get();
     if (direct.lane.received.get() > 0)
       lane_stats.push_back({0, "grpc", -1, direct.lane.received.get(), direct.lane.sent.get(), direct.lane.request_bytes.get(),
-                            direct.lane.response_bytes.get(), 0, direct.counters.pool.sum_us() * 1000, 0, 0});
+                            direct.lane.response_bytes.get(), 0, direct.counters.pool.sum_us() * 1000, 0, 0, 0, 0});
   }
   pool.push_back(&direct.counters.pool);
   for (const LaneStats& l : lane_stats) {
@@ -107,6 +107,8 @@ nb::dict server_stats(SidecarServer& server) {
     e["busy_ns"] = l.busy_ns;
     e["queued"] = l.queued;
     e["queued_bytes"] = l.queued_bytes;
+    e["grants"] = l.grants;
+    e["grant_us"] = l.grant_us;
     lanes.append(e);
   }
   const auto sums = server.table_stats();
@@ -571,7 +573,10 @@ NB_MODULE(_native, m) {
             self.publish(tables.set);
           }, "tables"_a)
       .def("listen_unix", &SidecarServer::listen_unix, "path"_a)
-      .def("listen_tcp", &SidecarServer::listen_tcp, "host"_a, "port"_a)
+      .def("listen_tcp", [](SidecarServer& self, const std::string& host, int port, bool dedicated, uint64_t window_bytes, uint8_t traffic_class,
+                           uint8_t control_traffic_class) {
+            return self.listen_tcp(host, port, {dedicated, window_bytes, traffic_class, control_traffic_class});
+          }, "host"_a, "port"_a, nb::kw_only(), "dedicated"_a = false, "window_bytes"_a = 0, "traffic_class"_a = 0, "control_traffic_class"_a = 0)
       .def("expect", [](SidecarServer& self, nb::bytes token, const std::string& lane, uint32_t slots, uint64_t request_bytes,
                         uint64_t response_bytes, double ttl_s) {
             self.expect(std::string(token.c_str(), token.size()), lane, {slots, request_bytes, response_bytes}, ttl_s);
@@ -609,12 +614,13 @@ NB_MODULE(_native, m) {
             nb::gil_scoped_release release;
             self.attach(s, connect_shm(path, secret, timeout_s));
           }, "sidecar"_a, "path"_a, "token"_a, "timeout_s"_a)
-      .def("attach_tcp", [](LookupClient& self, int64_t sidecar, const std::string& host, int port, nb::bytes token, double timeout_s) {
+      .def("attach_tcp", [](LookupClient& self, int64_t sidecar, const std::string& host, int port, nb::bytes token, double timeout_s,
+                            uint64_t window_bytes) {
             const int32_t s = check_sidecar(self, sidecar);
             const std::string secret(token.c_str(), token.size());
             nb::gil_scoped_release release;
-            self.attach(s, connect_tcp(host, port, secret, timeout_s));
-          }, "sidecar"_a, "host"_a, "port"_a, "token"_a, "timeout_s"_a)
+            self.attach(s, connect_tcp(host, port, secret, timeout_s, window_bytes));
+          }, "sidecar"_a, "host"_a, "port"_a, "token"_a, "timeout_s"_a, "window_bytes"_a = 0)
       .def("attach_external", [](LookupClient& self, int64_t sidecar, uint32_t slots, uint64_t request_bytes, uint64_t response_bytes) {
             if (slots < 1 || slots > kMaxSlots) throw nb::value_error("slots: 1 to 64");
             self.attach(check_sidecar(self, sidecar), make_external_lane({slots, request_bytes, response_bytes}));

@@ -20,7 +20,7 @@ from pydantic_core import PydanticCustomError
 from sidepool.wire.config import FormatVersion, Frozen, load_yaml
 from sidepool.wire.errors import ConfigError
 from sidepool.wire.plan import Name
-from sidepool.wire.rdma import RdmaPath
+from sidepool.wire.rdma import RdmaPath, TrafficClass
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 # sockaddr_un has 108 bytes with the terminating zero; a longer path cannot be bound on Linux.
@@ -92,6 +92,24 @@ class _Documented(Frozen):
     model_config = ConfigDict(use_attribute_docstrings=True)
 
 
+class TcpCredits(_Documented):
+    """How much a tcp lane may have under way, and how that is told."""
+
+    credits: Literal["dedicated", "piggybacked"] = "dedicated"
+    """How credits travel: on a connection of their own per lane, where bulk data cannot delay them, or in frames."""
+    window_bytes: Annotated[int, Field(ge=0, le=1 << 36)] = 0
+    """Bytes of requests that a ranker may have under way on a lane, at least two slots. 0: four slots, what one large lookup
+    keeps under way."""
+    traffic_class: TrafficClass = 0
+    """IP traffic class (DSCP times 4) of requests and responses, at both ends; 0 is best effort."""
+    control_traffic_class: TrafficClass = 192
+    """Traffic class of dedicated credits. 192 is DSCP CS6, network control, which switches queue before bulk data."""
+
+    def native(self) -> dict[str, Any]:
+        """As `sidepool._native` takes it."""
+        return {**self.model_dump(exclude={"credits"}), "dedicated": self.credits == "dedicated"}
+
+
 class RdmaListen(_Documented):
     """The rdma lane."""
 
@@ -115,6 +133,8 @@ class Listen(_Documented):
     """Control plane and grpc lane, `host:port`. 50151 is nobody's assigned port and lies beside gRPC's customary 50051."""
     tcp: Endpoint | None = "127.0.0.1:0"
     """The tcp lane, `host:port`; null switches it off. Port 0 takes any free one: rankers learn it through `Connect`."""
+    tcp_credits: TcpCredits = TcpCredits()
+    """Credits of the tcp lane."""
     unix: SocketPath | None = None
     """Path of the Unix socket over which shm lanes are handed out. null: a socket in a private directory (mode 0700) made at
     start and removed at exit. Give a path on a shared volume when ranker and sidecar are two containers of one pod."""

@@ -163,7 +163,7 @@ class SidecarProcess:
         if listen.tcp is not None:
             host, port = split_endpoint(listen.tcp)
             with _as_config_error("listen.tcp", listen.tcp):
-                port = self._server.listen_tcp(host, port)
+                port = self._server.listen_tcp(host, port, **listen.tcp_credits.native())
             # Peers cannot connect to "every address"; the plan says under which one they know this machine.
             known = split_endpoint(plan.sidecars[plan.sidecar_index[self._config.name]].address)[0]
             addresses["tcp"] = join_endpoint(known if is_wildcard(host) else host, port)

@@ -92,7 +92,9 @@ class ClientLane {
 
 // Connect and shake hands within the timeout; throws Error(transport | overloaded | frame).
 std::shared_ptr<ClientLane> connect_shm(const std::string& path, const std::string& token, double timeout_s);
-std::shared_ptr<ClientLane> connect_tcp(const std::string& host, int port, const std::string& token, double timeout_s);
+// `window_bytes`: of responses that the sidecar may have under way, as `window_for` reads it.
+std::shared_ptr<ClientLane> connect_tcp(const std::string& host, int port, const std::string& token, double timeout_s,
+                                        uint64_t window_bytes = 0);
 std::shared_ptr<ClientLane> make_local_lane(std::shared_ptr<const TableSet> tables);
 
 // A lane whose frames somebody else carries (grpc): take a request, deliver its response.

@@ -70,10 +70,22 @@ Fd dial_tcp(const std::string& host, int port, uint64_t deadline_ns) {
   return socket;
 }
 
-HelloAck shake_hands(int socket, const std::string& token, Fd* fds, size_t fd_count, uint64_t deadline_ns, const std::string& where) {
+void set_traffic_class(int socket, uint8_t traffic_class) {
+  const int value = traffic_class;
+  // One of the two fits the socket's family; an IPv6 socket that carries IPv4 takes both.
+  setsockopt(socket, IPPROTO_IP, IP_TOS, &value, sizeof value);
+  setsockopt(socket, IPPROTO_IPV6, IPV6_TCLASS, &value, sizeof value);
+}
+
+Hello hello_with(const std::string& token, FrameKind kind, const std::string& where) {
   Hello hello;
+  hello.kind = kind;
   if (token.size() != sizeof hello.token) fail(where, "a token has 16 bytes");
   std::memcpy(hello.token, token.data(), token.size());
+  return hello;
+}
+
+HelloAck shake_hands(int socket, const Hello& hello, Fd* fds, size_t fd_count, uint64_t deadline_ns, const std::string& where) {
   if (send(socket, &hello, sizeof hello, MSG_NOSIGNAL) != ssize_t(sizeof hello)) fail(where, std::strerror(errno));
 
   HelloAck ack;

@@ -84,7 +84,8 @@ class Engine {
   struct Owned {
     std::unique_ptr<ServerLane> lane;
     bool dead = false;
-    bool writing = false;  // EPOLLOUT is armed
+    bool writing = false;  // something waits to leave
+    bool watched = false;  // EPOLLOUT is armed
     uint32_t queued = 0;
     Engine* target = nullptr;       // where the lane is moving to
     uint64_t last_response_ns = 0;  // kept for the blackout of a move
@@ -112,6 +113,7 @@ class Engine {
   void settle_in(Mail& mail);
   void begin_move(Mail& mail);
   void hand_over();
+  void watch(Owned& owned);
   void dismiss(Owned& owned);
   bool poll_memory();
   void poll_sockets(int timeout_ms);

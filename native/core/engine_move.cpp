@@ -70,9 +70,10 @@ void Engine::hand_over() {
 
 void Engine::dismiss(Owned& owned) {
   if (owned.lane->fd() >= 0) epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, owned.lane->fd(), nullptr);
+  if (owned.lane->grants_fd() >= 0) epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, owned.lane->grants_fd(), nullptr);
   stream_lanes_ -= !owned.lane->polled();
   if (owned.writing) counters_.writing.add(-1);
-  owned.writing = false;
+  owned.writing = owned.watched = false;
 }
 
 }  // namespace sidepool

@@ -17,7 +17,7 @@ constexpr size_t kAlign = 64;
 
 constexpr size_t align_up(size_t n) { return (n + kAlign - 1) & ~(kAlign - 1); }
 
-enum class FrameKind : uint8_t { hello = 1, hello_ack = 2, request = 3, response = 4, rdma_end = 5 };
+enum class FrameKind : uint8_t { hello = 1, hello_ack = 2, request = 3, response = 4, rdma_end = 5, grant = 6, hello_credits = 7 };
 
 // Bounds that hold before anything is read or allocated. A plan has at most 65,536 features (wire/plan.py); a bag
 // index fits 31 bits with room for products; a slot never exceeds 1 GiB.
@@ -35,7 +35,9 @@ struct Hello {
   FrameKind kind = FrameKind::hello;
   uint16_t flags = 0;
   uint8_t token[16] = {};
-  uint8_t reserved[40] = {};
+  uint64_t window_bytes = 0;  // tcp: credit for responses that the ranker grants from the start; 0: four response slots
+  uint64_t clock_id = 0;      // tcp: as HelloAck's
+  uint8_t reserved[24] = {};
 };
 
 struct HelloAck {
@@ -48,7 +50,10 @@ struct HelloAck {
   uint64_t request_bytes = 0;
   uint64_t response_bytes = 0;
   uint64_t clock_id = 0;  // equal on both ends: their monotonic clocks are the same clock
-  uint8_t reserved[24] = {};
+  uint64_t window_bytes = 0;  // tcp: credit for requests, as Hello's for responses
+  uint8_t dedicated = 0;      // tcp: 1 where credits travel on a connection of their own
+  uint8_t traffic_class = 0, control_traffic_class = 0;  // tcp: of both ends' packets
+  uint8_t reserved[13] = {};
 };
 
 struct RequestHeader {
@@ -104,8 +109,29 @@ struct ResponseHeader {
   uint8_t reserved[24] = {};
 };
 
+// Bytes that may have been sent since the lane began; a later grant includes every earlier one, so none can be lost.
+struct Grant {
+  uint64_t limit = 0;
+  uint64_t granted_ns = 0;  // granter's monotonic clock
+};
+
+// Where a grant rides in a request or response header: the last 16 bytes, else zero.
+constexpr size_t kGrantOffset = sizeof(RequestHeader) - sizeof(Grant);
+
+// A grant by itself, on a tcp lane. As long as a request's header, so that it can come in its place.
+struct GrantFrame {
+  uint32_t magic = kMagic;
+  uint8_t version = kWireVersion;
+  FrameKind kind = FrameKind::grant;
+  uint16_t flags = 0;
+  uint64_t frame_bytes = sizeof(RequestHeader);
+  uint8_t reserved[96] = {};
+  Grant grant;
+};
+
+static_assert(sizeof(GrantFrame) == sizeof(RequestHeader) && offsetof(GrantFrame, grant) == kGrantOffset);
 static_assert(sizeof(Hello) == 64 && sizeof(HelloAck) == 64 && sizeof(RequestHeader) == 128);
-static_assert(sizeof(FeatureEntry) == 24 && sizeof(ResponseHeader) == 128);
+static_assert(sizeof(FeatureEntry) == 24 && sizeof(ResponseHeader) == sizeof(RequestHeader));
 static_assert(std::is_trivially_copyable_v<RequestHeader> && std::is_trivially_copyable_v<ResponseHeader>);
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "frames are little-endian structs");
 

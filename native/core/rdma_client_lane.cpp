@@ -120,7 +120,7 @@ void RdmaClientLane::take_last(RdmaImmediate immediate, uint32_t bytes) {
                      (header.status != 0 || (header.count == immediate.done && state.offsets[header.count] == payload));
   if (!valid) return fail("the sidecar sent bytes that are no response");
   if (piggybacks()) {
-    RdmaGrant grant;
+    Grant grant;
     std::memcpy(&grant, reinterpret_cast<const std::byte*>(&header) + kGrantOffset, sizeof grant);
     take_grant(grant);
   }

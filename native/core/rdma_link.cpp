@@ -68,11 +68,6 @@ uint64_t piece_bytes_for(const RdmaOptions& options, const RdmaEnd& peer, uint32
 
 uint32_t receives_for(uint32_t slots, bool ranker) { return slots + kOwnMessages + (ranker ? kPieceReceives : 0); }
 
-uint64_t window_for(const RdmaOptions& options, uint64_t stride) {
-  // Four slots: what one large lookup keeps under way (client.cpp).
-  return std::max(options.window_bytes != 0 ? std::min(options.window_bytes, kMaxSlots * stride) : 4 * stride, 2 * stride);
-}
-
 RdmaEnd parse_end(const RdmaDevice& device, const std::string& bytes, const LaneLimits& limits, uint64_t stride) {
   RdmaEnd end;
   const auto refuse = [](const std::string& what) { throw Error(Status::transport, "rdma: the peer's end: " + what); };
@@ -128,9 +123,9 @@ void RdmaPeer::tell(RdmaKind kind, const RdmaMove* move, bool signalled) {
 }
 
 bool RdmaPeer::take_grant() {
-  const RdmaGrant& word = memory_->control().grant;
+  const Grant& word = memory_->control().grant;
   // The adapter writes the 16 bytes as one packet, in order; a torn pair would only blur the latency histogram.
-  RdmaGrant grant;
+  Grant grant;
   grant.granted_ns = std::atomic_ref(const_cast<uint64_t&>(word.granted_ns)).load(std::memory_order_relaxed);
   grant.limit = std::atomic_ref(const_cast<uint64_t&>(word.limit)).load(std::memory_order_acquire);
   const uint64_t before = credit_.limit();
@@ -138,7 +133,7 @@ bool RdmaPeer::take_grant() {
   return credit_.limit() > before;
 }
 
-void RdmaPeer::take_grant(const RdmaGrant& grant) {
+void RdmaPeer::take_grant(const Grant& grant) {
   if (grant.limit <= credit_.limit()) return;
   credit_.grant(grant.limit);
   if (peer_.clock_id == clock_id()) {
@@ -152,7 +147,7 @@ void RdmaPeer::give_grant(bool always, bool signalled) {
   if (due && due_since_ns_ == 0) due_since_ns_ = now_ns();
   RdmaQueue& queue = piggybacks() ? data() : *link_.control;
   if (!(due || always) || !queue.room()) return;
-  RdmaGrant& outgoing = memory_->outgoing().grant;
+  Grant& outgoing = memory_->outgoing().grant;
   outgoing = {window_.grant(), due ? due_since_ns_ : now_ns()};
   due_since_ns_ = 0;
   queue.write({&outgoing, memory_->page_mr->lkey, sizeof outgoing, peer_.control_address + offsetof(RdmaControl, grant), peer_.control_rkey,
@@ -160,7 +155,7 @@ void RdmaPeer::give_grant(bool always, bool signalled) {
 }
 
 void RdmaPeer::put_grant(std::byte* header) {
-  const RdmaGrant grant{window_.grant(), due_since_ns_ != 0 ? due_since_ns_ : now_ns()};
+  const Grant grant{window_.grant(), due_since_ns_ != 0 ? due_since_ns_ : now_ns()};
   due_since_ns_ = 0;
   std::memcpy(header + kGrantOffset, &grant, sizeof grant);
 }

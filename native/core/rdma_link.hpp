@@ -4,6 +4,7 @@
 
 #ifdef SIDEPOOL_VERBS
 #include "clock.hpp"
+#include "credit.hpp"
 
 namespace sidepool {
 
@@ -36,42 +37,10 @@ struct RdmaLink {
   bool owns(const RdmaQueue& queue) const { return &queue == data.get() || &queue == control.get(); }
 };
 
-// Byte credits of one direction, both counters since the lane began. Owner thread only.
-class SendCredit {
- public:
-  explicit SendCredit(uint64_t limit) : limit_(limit) {}
-  void grant(uint64_t limit) { limit_ = std::max(limit_, limit); }  // a late grant says nothing new
-  bool covers(uint64_t bytes) const { return sent_ + bytes <= limit_; }
-  void spend(uint64_t bytes) { sent_ += bytes; }
-  uint64_t limit() const { return limit_; }
-
- private:
-  uint64_t limit_, sent_ = 0;
-};
-
-class ReceiveCredit {
- public:
-  explicit ReceiveCredit(uint64_t window) : window_(window), granted_(window) {}
-  // False: the peer has sent more than it was granted.
-  bool arrived(uint64_t bytes) { return (arrived_ += bytes) <= granted_; }
-  void consumed(uint64_t bytes) { consumed_ += bytes; }
-  // Worth telling: a quarter of the window, so that a stream needs few grants and never waits for one.
-  bool due() const { return consumed_ + window_ - granted_ >= window_ / 4; }
-  uint64_t grant() { return granted_ = consumed_ + window_; }
-  uint64_t window() const { return window_; }
-
- private:
-  const uint64_t window_;
-  uint64_t granted_, arrived_ = 0, consumed_ = 0;
-};
-
 // How many bytes a peer's window lets be under way, in pieces that do not outnumber its receives.
 uint64_t piece_bytes_for(const RdmaOptions& options, const RdmaEnd& peer, uint32_t slots);
 // Receives that an end keeps for a lane: one per slot, the lane's own messages, and pieces of a window.
 uint32_t receives_for(uint32_t slots, bool ranker);
-// Credit that an end grants from the start: what is asked for, at least two of its slots, since up to a quarter of a window
-// may be consumed and not granted again yet.
-uint64_t window_for(const RdmaOptions& options, uint64_t slot_stride);
 // Checks that hold for both ends. Throws Error(transport).
 RdmaEnd parse_end(const RdmaDevice& device, const std::string& bytes, const LaneLimits& limits, uint64_t stride);
 
@@ -103,7 +72,7 @@ class RdmaPeer : public QueueOwner {
   void tell(RdmaKind kind, const RdmaMove* move = nullptr, bool signalled = false);
   // Look for grants in the control page. True: more may be sent than before.
   bool take_grant();
-  void take_grant(const RdmaGrant& grant);
+  void take_grant(const Grant& grant);
   // Tell the peer how much it may send, where enough has been consumed or `always`.
   void give_grant(bool always = false, bool signalled = false);
   // In frames, where credits are piggybacked.

@@ -160,7 +160,7 @@ class VerbsOffer final : public RdmaOffer {
     end_.slot_stride = limits.response_bytes + kTrailerBytes;
     end_.control_address = uint64_t(reinterpret_cast<uintptr_t>(memory_->page.data()));
     end_.control_rkey = memory_->page_mr->rkey;
-    end_.window_bytes = window_for(device_->options(), end_.slot_stride);
+    end_.window_bytes = window_for(device_->options().window_bytes, end_.slot_stride);
     engine_->reserve(1);
   }
 

@@ -96,7 +96,7 @@ class RdmaServerLane final : public ServerLane, public RdmaPeer {
         fail("the peer sent more than it was granted");
       if (failed()) return false;
       if (piggybacks()) {
-        RdmaGrant grant;
+        Grant grant;
         std::memcpy(&grant, reinterpret_cast<const std::byte*>(&header) + kGrantOffset, sizeof grant);
         take_grant(grant);
       }
@@ -243,7 +243,7 @@ class VerbsServer final : public RdmaServer {
     end.slot_stride = limits.request_bytes;
     end.control_address = uint64_t(reinterpret_cast<uintptr_t>(memory->page.data()));
     end.control_rkey = memory->page_mr->rkey;
-    end.window_bytes = window_for(options, end.slot_stride);
+    end.window_bytes = window_for(options.window_bytes, end.slot_stride);
     auto lane = std::make_unique<RdmaServerLane>(limits, std::move(memory), std::move(link), peer, end.window_bytes,
                                                  piece_bytes_for(options, peer, limits.slots));
     return {std::move(lane), std::string(reinterpret_cast<const char*>(&end), sizeof end)};

@@ -35,23 +35,13 @@ struct RdmaMove {
   uint32_t control_qpn = 0, control_psn = 0;
 };
 
-// Bytes that may have been sent since the lane began; a later grant includes every earlier one, so none can be lost.
-struct RdmaGrant {
-  uint64_t limit = 0;
-  uint64_t granted_ns = 0;  // granter's monotonic clock
-};
-
 // What a peer writes into this end's memory besides frames.
 struct RdmaControl {
-  alignas(64) RdmaGrant grant;
+  alignas(64) Grant grant;
   alignas(64) RdmaMove move;
 };
 
-static_assert(sizeof(RdmaEnd) == 128 && sizeof(RdmaMove) == 16 && sizeof(RdmaGrant) == 16 && sizeof(RdmaControl) == 128);
-
-// Where a grant rides in a request or response header: the last 16 bytes, else zero.
-constexpr size_t kGrantOffset = sizeof(RequestHeader) - sizeof(RdmaGrant);
-static_assert(sizeof(RequestHeader) == sizeof(ResponseHeader));
+static_assert(sizeof(RdmaEnd) == 128 && sizeof(RdmaMove) == 16 && sizeof(Grant) == 16 && sizeof(RdmaControl) == 128);
 
 // The immediate: kind in bits 28 to 31, features complete in bits 6 to 27, slot in bits 0 to 5.
 enum class RdmaKind : uint32_t {

@@ -14,6 +14,7 @@
 #include <cerrno>
 
 #include "clock.hpp"
+#include "connect.hpp"
 
 namespace sidepool {
 namespace {
@@ -54,6 +55,20 @@ bool send_fds(int socket, const HelloAck& ack, const int* fds, size_t count) {
     std::memcpy(CMSG_DATA(c), fds, sizeof(int) * count);
   }
   return sendmsg(socket, &message, MSG_DONTWAIT | MSG_NOSIGNAL) == ssize_t(sizeof ack);
+}
+
+HelloAck ack_of(const LaneLimits& limits, const TcpOptions& tcp, bool local) {
+  HelloAck ack;
+  ack.slots = limits.slots;
+  ack.request_bytes = limits.request_bytes;
+  ack.response_bytes = limits.response_bytes;
+  ack.clock_id = clock_id();
+  if (local) return ack;
+  ack.window_bytes = tcp.window_bytes;
+  ack.dedicated = tcp.dedicated;
+  ack.traffic_class = tcp.traffic_class;
+  ack.control_traffic_class = tcp.control_traffic_class;
+  return ack;
 }
 
 }  // namespace
@@ -127,7 +142,8 @@ std::string SidecarServer::connect_rdma(const LaneLimits& limits, const std::str
   }
 }
 
-int SidecarServer::listen_tcp(const std::string& host, int port) {
+int SidecarServer::listen_tcp(const std::string& host, int port, const TcpOptions& options) {
+  tcp_ = options;
   addrinfo hints{}, *found = nullptr;
   hints.ai_socktype = SOCK_STREAM;
   hints.ai_flags = AI_NUMERICSERV | AI_PASSIVE;
@@ -220,13 +236,16 @@ void SidecarServer::accept_from(int listener, bool local) {
 }
 
 bool SidecarServer::advance(Handshake& handshake) {
+  if (handshake.acknowledged) return true;  // it has nothing to say before its second connection has come
   const ssize_t n = recv(handshake.socket.get(), reinterpret_cast<std::byte*>(&handshake.hello) + handshake.received,
                          sizeof(Hello) - handshake.received, MSG_DONTWAIT);
   if (n <= 0) return n == 0 || (errno != EAGAIN && errno != EINTR);
   handshake.received += size_t(n);
   if (handshake.received < sizeof(Hello)) return false;
   const Hello& hello = handshake.hello;
-  if (hello.magic != kMagic || hello.version != kWireVersion || hello.kind != FrameKind::hello) return true;
+  if (hello.magic != kMagic || hello.version != kWireVersion) return true;
+  if (hello.kind == FrameKind::hello_credits && !handshake.local) join_credits(handshake);
+  if (hello.kind != FrameKind::hello) return true;
   Ticket ticket;
   {
     std::lock_guard lock(tickets_mutex_);
@@ -235,20 +254,32 @@ bool SidecarServer::advance(Handshake& handshake) {
     ticket = found->second;
     tickets_.erase(found);
   }
-  admit(handshake, ticket);
-  return true;
+  if (handshake.local || !tcp_.dedicated) {
+    admit(handshake, ticket);
+    return true;
+  }
+  handshake.acknowledged = ticket;
+  return !send_fds(handshake.socket.get(), ack_of(ticket.limits, tcp_, false), nullptr, 0);
 }
 
-void SidecarServer::admit(Handshake& handshake, const Ticket& ticket) {
-  HelloAck ack;
-  ack.slots = ticket.limits.slots;
-  ack.request_bytes = ticket.limits.request_bytes;
-  ack.response_bytes = ticket.limits.response_bytes;
-  ack.clock_id = clock_id();
-  const int fd = handshake.socket.get();
+// The second connection of a lane that waits for it; both show the same token.
+void SidecarServer::join_credits(Handshake& second) {
+  const auto found = std::find_if(handshakes_.begin(), handshakes_.end(), [&](const auto& item) {
+    const Handshake& first = item.second;
+    return first.acknowledged && std::memcmp(first.hello.token, second.hello.token, sizeof second.hello.token) == 0;
+  });
+  if (found == handshakes_.end()) return;
+  epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, second.socket.get(), nullptr);
+  admit(found->second, *found->second.acknowledged, std::move(second.socket));
+  handshakes_.erase(found);
+}
+
+void SidecarServer::admit(Handshake& handshake, const Ticket& ticket, Fd grants) {
+  HelloAck ack = ack_of(ticket.limits, tcp_, handshake.local);
+  const int fd = handshake.socket.get(), told = grants ? grants.get() : fd;
   if (lanes() >= int64_t(max_lanes_)) {
     ack.status = int32_t(Status::overloaded);
-    send_fds(fd, ack, nullptr, 0);
+    send_fds(told, ack, nullptr, 0);
     return;
   }
   // Counted before the peer hears of it: once it has the acknowledgement the lane exists.
@@ -266,8 +297,10 @@ void SidecarServer::admit(Handshake& handshake, const Ticket& ticket) {
         adopted = true;
       }
     } else {
-      auto lane = make_tcp_server_lane(ticket.limits, std::move(handshake.socket));
-      if (send_fds(fd, ack, nullptr, 0)) {
+      set_traffic_class(fd, tcp_.traffic_class);
+      if (grants) set_traffic_class(told, tcp_.control_traffic_class);
+      auto lane = make_tcp_server_lane(ticket.limits, std::move(handshake.socket), std::move(grants), handshake.hello, tcp_.window_bytes);
+      if (send_fds(told, ack, nullptr, 0)) {
         engine.adopt(numbered(std::move(lane)));
         adopted = true;
       }
@@ -393,7 +426,7 @@ std::vector<LaneStats> SidecarServer::lane_stats() const {
   std::map<std::string, LaneCounters> dropped;
   const auto push = [&](uint64_t id, const std::string& kind, int engine, const LaneCounters& c) {
     all.push_back({id, kind, engine, c.received.get(), c.sent.get(), c.request_bytes.get(), c.response_bytes.get(), c.credit_waits.get(),
-                   c.busy_ns.get(), c.queued.get(), c.queued_bytes.get()});
+                   c.busy_ns.get(), c.queued.get(), c.queued_bytes.get(), c.grants.get(), c.grant_us.get()});
   };
   for (size_t e = 0; e < engines_.size(); ++e)
     engines_[e]->read_lanes([&](uint64_t id, const std::string& kind, bool live, const LaneCounters& c) {

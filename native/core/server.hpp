@@ -5,6 +5,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <thread>
 #include <vector>
@@ -18,6 +19,7 @@ struct LaneStats {
   std::string kind;
   int engine;  // -1: the sum over lanes that have gone
   int64_t received, sent, request_bytes, response_bytes, credit_waits, busy_ns, queued, queued_bytes;
+  int64_t grants, grant_us;
 };
 
 // Thread-safe. One acceptor thread does every handshake; it never touches a lane once an engine has it.
@@ -30,7 +32,7 @@ class SidecarServer {
 
   void publish(std::shared_ptr<const TableSet> tables) { published_.set(std::move(tables)); }
   void listen_unix(const std::string& path);
-  int listen_tcp(const std::string& host, int port);
+  int listen_tcp(const std::string& host, int port, const TcpOptions& options = {});
   // Admit rdma lanes too; returns what device and address were found. Once.
   std::string listen_rdma(const RdmaOptions& options);
   // An rdma lane for the ranker whose end is `peer`; returns this end.
@@ -63,19 +65,22 @@ class SidecarServer {
     LaneLimits limits;
     uint64_t expires_ns;
   };
+  // A tcp lane whose credits travel on a connection of their own is acknowledged and waits for that, keeping its ticket.
   struct Handshake {
     Fd socket;
     bool local;  // came through the Unix socket
     Hello hello;
     size_t received = 0;
     uint64_t expires_ns = 0;
+    std::optional<Ticket> acknowledged;
   };
 
   void accept_loop();
   void accept_from(int listener, bool local);
   bool advance(Handshake& handshake);  // true: finished, one way or the other
   static void check(const LaneLimits& limits);
-  void admit(Handshake& handshake, const Ticket& ticket);
+  void admit(Handshake& handshake, const Ticket& ticket, Fd grants = Fd());
+  void join_credits(Handshake& handshake);
   Engine& least_loaded();
   std::unique_ptr<ServerLane> numbered(std::unique_ptr<ServerLane> lane);
   int64_t lanes() const;
@@ -87,6 +92,7 @@ class SidecarServer {
   const uint64_t max_frame_bytes_;
   Fd epoll_, wake_, unix_listener_, tcp_listener_;
   std::string unix_path_;
+  TcpOptions tcp_;
   std::shared_ptr<RdmaServer> rdma_;
   std::mutex admission_mutex_;  // rdma lanes are admitted by control threads; counted and placed one at a time
   std::mutex tickets_mutex_;

@@ -18,6 +18,7 @@ struct LaneLimits {
 
 struct LaneCounters {
   Counter received, sent, request_bytes, response_bytes, credit_waits, busy_ns;
+  Counter grants, grant_us;  // tcp, peers of this host: grants that came, and the time from being due to being seen
   Counter queued, queued_bytes;  // requests waiting at this moment
   void add(const LaneCounters& other) {
     received.add(other.received.get());
@@ -26,6 +27,8 @@ struct LaneCounters {
     response_bytes.add(other.response_bytes.get());
     credit_waits.add(other.credit_waits.get());
     busy_ns.add(other.busy_ns.get());
+    grants.add(other.grants.get());
+    grant_us.add(other.grant_us.get());
   }
 };
 
@@ -72,6 +75,11 @@ class ServerLane : public ResponseSink {
   // The socket can take more bytes.
   virtual bool writable() { return true; }
   virtual bool wants_write() const { return false; }
+  // Of what waits to leave, whether it waits for the socket rather than for credit.
+  virtual bool wants_room() const { return wants_write(); }
+  // A second socket, on which grants come; -1: none. False of take_grants: drop the lane.
+  virtual int grants_fd() const { return -1; }
+  virtual bool take_grants() { return true; }
 
   int fd() const { return socket_.get(); }
   const LaneLimits& limits() const { return limits_; }
@@ -125,6 +133,12 @@ struct ShmRegion {
 ShmRegion make_shm_region(const LaneLimits& limits);
 
 std::unique_ptr<ServerLane> make_shm_server_lane(const LaneLimits& limits, Fd socket, ShmRegion region);
-std::unique_ptr<ServerLane> make_tcp_server_lane(const LaneLimits& limits, Fd socket);
+struct TcpOptions {
+  bool dedicated = false;     // credits travel on a connection of their own
+  uint64_t window_bytes = 0;  // of requests that a ranker may have under way, as `window_for` reads it
+  uint8_t traffic_class = 0, control_traffic_class = 0;
+};
+// Without a socket for `grants`, credits travel in frames.
+std::unique_ptr<ServerLane> make_tcp_server_lane(const LaneLimits& limits, Fd socket, Fd grants, const Hello& peer, uint64_t window_bytes);
 
 }  // namespace sidepool

@@ -54,7 +54,7 @@ std::shared_ptr<ClientLane> connect_shm(const std::string& path, const std::stri
   const std::string where = "shm lane at " + path;
   Fd socket = dial_unix(path, deadline);
   Fd fds[3];  // slots, engine page, doorbell
-  const HelloAck ack = shake_hands(socket.get(), token, fds, 3, deadline, where);
+  const HelloAck ack = shake_hands(socket.get(), hello_with(token, FrameKind::hello, where), fds, 3, deadline, where);
   const LaneLimits limits{ack.slots, ack.request_bytes, ack.response_bytes};
   require_sealed(fds[0].get(), shm_bytes(limits), where);
   require_sealed(fds[1].get(), sizeof(EnginePage), where);

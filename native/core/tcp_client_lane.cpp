@@ -6,16 +6,26 @@
 
 #include "client_lane.hpp"
 #include "connect.hpp"
+#include "credit.hpp"
+#include "tcp_credit.hpp"
 
 namespace sidepool {
 namespace {
 
+// Who waits for credit waits for a slow sidecar: looking every millisecond is soon enough.
+constexpr uint64_t kCreditLookNs = 1'000'000;
+// What the rest of a grant gets whose beginning has left; the sidecar reads whatever else it does.
+constexpr uint64_t kGrantRestNs = 1'000'000'000;
+
 // A lock for the few microseconds of a send; waits on a futex, with a deadline.
 class SendLock {
  public:
-  bool lock(uint64_t deadline_ns) {
+  bool try_lock() {
     uint32_t state = 0;
-    if (state_.compare_exchange_strong(state, 1, std::memory_order_acquire)) return true;
+    return state_.compare_exchange_strong(state, 1, std::memory_order_seq_cst);
+  }
+  bool lock(uint64_t deadline_ns) {
+    if (try_lock()) return true;
     while (state_.exchange(2, std::memory_order_acquire) != 0) {
       if (now_ns() >= deadline_ns) return false;
       futex_wait_until(state_, 2, deadline_ns);
@@ -23,7 +33,7 @@ class SendLock {
     return true;
   }
   void unlock() {
-    if (state_.exchange(0, std::memory_order_release) == 2) futex_wake(state_, 1);
+    if (state_.exchange(0, std::memory_order_seq_cst) == 2) futex_wake(state_, 1);
   }
 
  private:
@@ -32,13 +42,20 @@ class SendLock {
 
 // One socket for all slots. There is no receiving thread: one of the threads that wait for a response reads the socket
 // for everybody until its own response is complete, then passes the reading on to another waiter.
+//
+// Credits: the sidecar's grants are read by a sender that has run out of credit (dedicated connection), or come in response
+// headers. What a response takes of the window counts until it has been read into its slot, so the reading thread grants.
 class TcpClientLane final : public ClientLane {
  public:
-  TcpClientLane(const LaneLimits& limits, Fd socket, bool same_clock)
+  // `credit`, `window`: bytes that may be under way to the sidecar and from it. Without `grants`, credits travel in frames.
+  TcpClientLane(const LaneLimits& limits, Fd socket, Fd grants, uint64_t credit, uint64_t window, bool same_clock)
       : ClientLane(limits),
         socket_(std::move(socket)),
         memory_(Mapping::anonymous(limits.slots * (limits.request_bytes + limits.response_bytes))),
-        controls_(std::make_unique<SlotControl[]>(limits.slots)) {
+        controls_(std::make_unique<SlotControl[]>(limits.slots)),
+        grants_(std::move(grants)),
+        credit_(credit),
+        window_(window) {
     same_clock_ = same_clock;
   }
 
@@ -66,8 +83,13 @@ class TcpClientLane final : public ClientLane {
 
   Status send(uint32_t slot, size_t bytes, uint64_t deadline_ns) override {
     if (!send_lock_.lock(deadline_ns)) return Status::deadline;
-    const Status status = send_all(request(slot), bytes, deadline_ns);
+    Status status = wait_for_credit(bytes, deadline_ns);
+    if (status == Status::ok) {
+      if (!grants_) put_grant(request(slot));
+      status = send_all(request(slot), bytes, deadline_ns);
+    }
     send_lock_.unlock();
+    if (owes_grant()) send_grant();  // it fell due while we held the lock
     return status;
   }
 
@@ -89,6 +111,81 @@ class TcpClientLane final : public ClientLane {
   }
 
  private:
+  // Until `bytes` are covered, which this spends. With the send lock.
+  Status wait_for_credit(uint64_t bytes, uint64_t deadline_ns) {
+    for (bool waited = false;;) {
+      credit_.grant(limit_.load(std::memory_order_relaxed));
+      if (credit_.covers(bytes)) {
+        credit_.spend(bytes);
+        return Status::ok;
+      }
+      if (dead()) return Status::transport;
+      if (grants_) {
+        Grant newest;
+        if (!grants_.receive(newest)) kill();
+        take_grant(newest);
+      } else {
+        collect();
+        if (owes_grant()) tell_grant();  // the sidecar may be waiting for ours before it sends its own
+      }
+      if (limit_.load(std::memory_order_relaxed) > credit_.limit()) continue;
+      const uint64_t now = now_ns();
+      if (now >= deadline_ns) return Status::deadline;
+      if (!waited) counters_.credit_waits.fetch_add(1, std::memory_order_relaxed);
+      waited = true;
+      wait_ready(grants_ ? grants_.fd() : socket_.get(), POLLIN, std::min(deadline_ns, now + kCreditLookNs));
+    }
+  }
+
+  void take_grant(const Grant& grant) {
+    uint64_t limit = limit_.load(std::memory_order_relaxed);
+    while (limit < grant.limit && !limit_.compare_exchange_weak(limit, grant.limit, std::memory_order_relaxed)) {
+    }
+  }
+
+  // The reading thread's: more has been read than the sidecar knows of.
+  void give_grant() {
+    const Grant grant{window_.grant(), now_ns()};
+    if (grants_) {
+      if (!grants_.send(grant)) kill();
+      return;
+    }
+    due_ns_.store(grant.granted_ns, std::memory_order_relaxed);
+    due_limit_.store(grant.limit, std::memory_order_seq_cst);
+    send_grant();
+  }
+
+  bool owes_grant() const { return due_limit_.load(std::memory_order_seq_cst) > told_limit_.load(std::memory_order_relaxed); }
+
+  // What is due, into the header of a frame that is about to leave. With the send lock.
+  void put_grant(std::byte* header) {
+    const Grant grant{due_limit_.load(std::memory_order_relaxed), due_ns_.load(std::memory_order_relaxed)};
+    told_limit_.store(grant.limit, std::memory_order_relaxed);
+    std::memcpy(header + kGrantOffset, &grant, sizeof grant);
+  }
+
+  // A frame for what is due, unless somebody is sending, who will see to it (seq_cst: one of us sees the other), or the
+  // socket is full; then the reading thread comes back to it.
+  void send_grant() {
+    for (bool told = true; told && !dead() && owes_grant() && send_lock_.try_lock(); send_lock_.unlock()) told = tell_grant();
+  }
+
+  // With the send lock. False: the socket takes nothing now.
+  bool tell_grant() {
+    GrantFrame frame;
+    const uint64_t told = told_limit_.load(std::memory_order_relaxed);
+    auto* bytes = reinterpret_cast<std::byte*>(&frame);
+    put_grant(bytes);
+    const ssize_t n = ::send(socket_.get(), bytes, sizeof frame, MSG_DONTWAIT | MSG_NOSIGNAL);
+    if (n < 0) {
+      told_limit_.store(told, std::memory_order_relaxed);
+      if (errno != EAGAIN && errno != EINTR) kill();
+      return false;
+    }
+    if (send_all(bytes + n, sizeof frame - size_t(n), now_ns() + kGrantRestNs) != Status::ok) kill();
+    return true;
+  }
+
   Status send_all(const std::byte* data, size_t bytes, uint64_t deadline_ns) {
     for (size_t sent = 0; sent < bytes;) {
       const ssize_t n = ::send(socket_.get(), data + sent, bytes - sent, MSG_DONTWAIT | MSG_NOSIGNAL);
@@ -113,7 +210,9 @@ class TcpClientLane final : public ClientLane {
       if (receive_some()) continue;
       const uint64_t now = now_ns();
       if (now >= until_ns) return;
-      if (now >= spin_until) wait_ready(socket_.get(), POLLIN, until_ns);
+      const bool owes = owes_grant();
+      if (owes) send_grant();
+      if (now >= spin_until) wait_ready(socket_.get(), POLLIN, owes ? std::min(until_ns, now + kCreditLookNs) : until_ns);
     }
   }
 
@@ -157,6 +256,12 @@ class TcpClientLane final : public ClientLane {
     if (check_response_header(incoming_, features) != Status::ok) return false;
     const size_t begin = state.offsets[incoming_.first], end = state.offsets[incoming_.first + incoming_.count];
     if (incoming_.frame_bytes - sizeof incoming_ != end - begin) return false;
+    if (!window_.arrived(incoming_.frame_bytes)) return false;
+    if (!grants_) {
+      Grant grant;
+      std::memcpy(&grant, reinterpret_cast<const std::byte*>(&incoming_) + kGrantOffset, sizeof grant);
+      take_grant(grant);
+    }
     target_ = response(incoming_.slot) + sizeof(ResponseHeader) + begin;
     return true;
   }
@@ -164,6 +269,8 @@ class TcpClientLane final : public ClientLane {
   void complete() {
     received_ = 0;
     counters_.response_bytes.fetch_add(int64_t(incoming_.frame_bytes), std::memory_order_relaxed);
+    window_.consumed(incoming_.frame_bytes);
+    if (window_.due()) give_grant();
     const uint32_t done = incoming_.first + incoming_.count;
     if (incoming_.flags & kLastPiece) {
       std::memcpy(response(incoming_.slot), &incoming_, sizeof incoming_);
@@ -176,9 +283,16 @@ class TcpClientLane final : public ClientLane {
   Fd socket_;
   Mapping memory_;
   std::unique_ptr<SlotControl[]> controls_;
+  GrantSocket grants_;  // received from with the send lock, sent to by the reading thread
   SendLock send_lock_;
+  SendCredit credit_;                   // with the send lock
+  std::atomic<uint64_t> limit_{0};      // the sidecar's newest grant
+  std::atomic<uint64_t> due_limit_{0};  // piggybacked: granted by the reading thread
+  std::atomic<uint64_t> due_ns_{0};
+  std::atomic<uint64_t> told_limit_{0};  // and what of that has left; written with the send lock
   std::atomic<bool> reading_{false};
   // Owned by the thread that set reading_.
+  ReceiveCredit window_;
   ResponseHeader incoming_;
   size_t received_ = 0;
   std::byte* target_ = nullptr;
@@ -186,12 +300,23 @@ class TcpClientLane final : public ClientLane {
 
 }  // namespace
 
-std::shared_ptr<ClientLane> connect_tcp(const std::string& host, int port, const std::string& token, double timeout_s) {
+std::shared_ptr<ClientLane> connect_tcp(const std::string& host, int port, const std::string& token, double timeout_s, uint64_t window_bytes) {
   const uint64_t deadline = now_ns() + uint64_t(timeout_s * 1e9);
-  Fd socket = dial_tcp(host, port, deadline);
-  const HelloAck ack = shake_hands(socket.get(), token, nullptr, 0, deadline, "tcp lane at " + host + ":" + std::to_string(port));
+  const std::string where = "tcp lane at " + host + ":" + std::to_string(port);
+  Fd socket = dial_tcp(host, port, deadline), grants;
+  Hello hello = hello_with(token, FrameKind::hello, where);
+  hello.window_bytes = window_bytes;
+  hello.clock_id = clock_id();
+  const HelloAck ack = shake_hands(socket.get(), hello, nullptr, 0, deadline, where);
+  set_traffic_class(socket.get(), ack.traffic_class);
+  if (ack.dedicated != 0) {
+    grants = dial_tcp(host, port, deadline);
+    set_traffic_class(grants.get(), ack.control_traffic_class);
+    shake_hands(grants.get(), hello_with(token, FrameKind::hello_credits, where), nullptr, 0, deadline, where + " (credits)");
+  }
   const LaneLimits limits{ack.slots, ack.request_bytes, ack.response_bytes};
-  return std::make_shared<TcpClientLane>(limits, std::move(socket), ack.clock_id == clock_id());
+  return std::make_shared<TcpClientLane>(limits, std::move(socket), std::move(grants), window_for(ack.window_bytes, ack.request_bytes),
+                                         window_for(window_bytes, ack.response_bytes), ack.clock_id == clock_id());
 }
 
 }  // namespace sidepool

@@ -2,9 +2,13 @@
 #include <sys/uio.h>
 
 #include <algorithm>
+#include <bit>
 #include <cerrno>
 
+#include "clock.hpp"
+#include "credit.hpp"
 #include "server_lane.hpp"
+#include "tcp_credit.hpp"
 
 namespace sidepool {
 namespace {
@@ -15,8 +19,12 @@ constexpr size_t kPieceBytes = 256 << 10;
 
 class TcpServerLane final : public ServerLane {
  public:
-  TcpServerLane(const LaneLimits& limits, Fd socket)
+  TcpServerLane(const LaneLimits& limits, Fd socket, Fd grants, const Hello& peer, uint64_t window_bytes)
       : ServerLane(limits, std::move(socket)),
+        grants_(std::move(grants)),
+        same_clock_(peer.clock_id == clock_id()),
+        credit_(window_for(peer.window_bytes, limits.response_bytes)),
+        window_(window_for(window_bytes, limits.request_bytes)),
         memory_(Mapping::anonymous(limits.slots * (limits.request_bytes + limits.response_bytes))) {
     // A slot is answered in at most this many pieces, so the queue can never need to grow.
     pieces_.resize(limits.slots * (limits.response_bytes / kPieceBytes + 2));
@@ -26,6 +34,9 @@ class TcpServerLane final : public ServerLane {
   std::unique_ptr<Twin> make_twin(RdmaDomain*) const override { return nullptr; }  // its socket is all it needs
   bool polled() const override { return false; }
   bool wants_write() const override { return head_ != tail_; }
+  bool wants_room() const override { return wants_write() && !starved_; }
+  int grants_fd() const override { return grants_.fd(); }
+  bool take_grants() override { return read_grants() && writable(); }
 
   bool collect(std::vector<uint32_t>& slots, bool readable) override {
     if (!readable) return true;
@@ -36,11 +47,21 @@ class TcpServerLane final : public ServerLane {
       const size_t want = (in_header ? sizeof(RequestHeader) : incoming_.frame_bytes) - received_;
       const ssize_t n = recv(fd(), to, want, MSG_DONTWAIT);
       if (n == 0) return false;
-      if (n < 0) return errno == EAGAIN || errno == EINTR;
+      if (n < 0 && errno != EAGAIN && errno != EINTR) return false;
+      if (n < 0) break;
       received_ += size_t(n);
       if (in_header && received_ == sizeof(RequestHeader)) {
+        Grant grant;
+        std::memcpy(&grant, reinterpret_cast<const std::byte*>(&incoming_) + kGrantOffset, sizeof grant);
+        if (!grants_) take_grant(grant);
+        if (incoming_.kind == FrameKind::grant) {
+          if (grants_ || !is_grant(std::bit_cast<GrantFrame>(incoming_))) return false;
+          received_ = 0;
+          ++frames;
+          continue;
+        }
         if (check_request_header(incoming_, limits_.request_bytes, limits_.slots) != Status::ok) return false;
-        if (busy_ >> incoming_.slot & 1) return false;
+        if (busy_ >> incoming_.slot & 1 || !window_.arrived(incoming_.frame_bytes)) return false;
         std::memcpy(request_slot(incoming_.slot), &incoming_, sizeof incoming_);
       }
       if (received_ >= sizeof(RequestHeader) && received_ == incoming_.frame_bytes) {
@@ -52,7 +73,7 @@ class TcpServerLane final : public ServerLane {
         ++frames;
       }
     }
-    return true;
+    return !starved_ || writable();  // what came may be credit
   }
 
   std::pair<const std::byte*, size_t> request(uint32_t slot) const override {
@@ -85,6 +106,13 @@ class TcpServerLane final : public ServerLane {
 
   bool finish(ResponseHeader header) override {
     counters_.sent.add();
+    window_.consumed(request(slot_).second);
+    if (!grants_) {
+      const Grant grant{window_.grant(), now_ns()};
+      std::memcpy(reinterpret_cast<std::byte*>(&header) + kGrantOffset, &grant, sizeof grant);
+    } else if (window_.due() && !grants_.send({window_.grant(), now_ns()})) {
+      return false;
+    }
     queue(header, true);
     return alive_;
   }
@@ -100,6 +128,7 @@ class TcpServerLane final : public ServerLane {
     const std::byte* payload;
     size_t payload_bytes;
     size_t sent;
+    bool paid;  // its credit is spent
   };
 
   std::byte* request_slot(uint32_t slot) { return memory_.data() + slot * limits_.request_bytes; }
@@ -119,16 +148,43 @@ class TcpServerLane final : public ServerLane {
     piece.payload_bytes = ready_ - flushed_;
     piece.header.frame_bytes = sizeof(ResponseHeader) + piece.payload_bytes;
     piece.sent = 0;
+    piece.paid = false;
     first_ = done_;
     flushed_ = ready_;
     counters_.response_bytes.add(int64_t(piece.header.frame_bytes));
     flush();
   }
 
-  // Hand as much as the socket takes to the kernel: header and slot memory in one call, nothing copied here.
+  void take_grant(const Grant& grant) {
+    if (grant.limit <= credit_.limit()) return;
+    credit_.grant(grant.limit);
+    if (!same_clock_) return;
+    const uint64_t now = now_ns();
+    counters_.grants.add();
+    counters_.grant_us.add(int64_t(now > grant.granted_ns ? (now - grant.granted_ns) / 1000 : 0));
+  }
+
+  bool read_grants() {
+    Grant newest;
+    if (grants_ && !grants_.receive(newest)) alive_ = false;
+    take_grant(newest);
+    return alive_;
+  }
+
+  bool pay(Piece& piece) {
+    const uint64_t bytes = piece.header.frame_bytes;
+    piece.paid = credit_.covers(bytes) || (grants_ && read_grants() && credit_.covers(bytes));
+    if (piece.paid) credit_.spend(bytes);
+    return piece.paid;
+  }
+
+  // Hand as much as credit covers and the socket takes to the kernel: header and slot memory in one call, nothing copied here.
   void flush() {
+    starved_ = false;
     while (alive_ && head_ != tail_) {
       Piece& piece = pieces_[head_ % pieces_.size()];
+      starved_ = !piece.paid && !pay(piece);
+      if (starved_) return;
       iovec parts[2];
       int count = 0;
       size_t offset = piece.sent;
@@ -156,6 +212,11 @@ class TcpServerLane final : public ServerLane {
     }
   }
 
+  GrantSocket grants_;
+  const bool same_clock_;
+  SendCredit credit_;
+  ReceiveCredit window_;
+  bool starved_ = false;  // the first piece waits for credit
   Mapping memory_;
   RequestHeader incoming_;
   size_t received_ = 0;
@@ -170,8 +231,8 @@ class TcpServerLane final : public ServerLane {
 
 }  // namespace
 
-std::unique_ptr<ServerLane> make_tcp_server_lane(const LaneLimits& limits, Fd socket) {
-  return std::make_unique<TcpServerLane>(limits, std::move(socket));
+std::unique_ptr<ServerLane> make_tcp_server_lane(const LaneLimits& limits, Fd socket, Fd grants, const Hello& peer, uint64_t window_bytes) {
+  return std::make_unique<TcpServerLane>(limits, std::move(socket), std::move(grants), peer, window_bytes);
 }
 
 }  // namespace sidepool
