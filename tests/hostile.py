@@ -12,7 +12,7 @@ from golden.make_frames import MAGIC, VERSION, request
 
 # Long enough for a sidecar to have read what was sent, in most cases; what has not been read meets a closed socket.
 LISTEN_S = 0.02
-HELLO, TOKEN_BYTES = 1, 16
+HELLO, HELLO_CREDITS, TOKEN_BYTES = 1, 7, 16
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 EXTREMES = (
     0,
@@ -81,9 +81,9 @@ def spoiled(random: Random, good: bytes) -> bytes:
     return bytes(bad)
 
 
-def hello(token: bytes) -> bytes:
-    """The frame that opens a tcp or shm lane."""
-    return struct.pack("<IBBH", MAGIC, VERSION, HELLO, 0) + token + bytes(64 - 8 - TOKEN_BYTES)
+def hello(token: bytes, kind: int = HELLO) -> bytes:
+    """The frame that opens a tcp or shm lane, or (`HELLO_CREDITS`) a tcp lane's second connection."""
+    return struct.pack("<IBBH", MAGIC, VERSION, kind, 0) + token + bytes(64 - 8 - TOKEN_BYTES)
 
 
 def connect(where: str) -> socket.socket:
@@ -106,6 +106,19 @@ def say(where: str, *pieces: bytes) -> None:
         stranger.recv(4096)
         if sum(map(len, pieces)) % 2:
             stranger.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+def say_on_both(where: str, token: bytes, frames: list[bytes], grants: list[bytes]) -> None:
+    """Open a tcp lane with its connection for credits, and say something on either."""
+    with connect(where) as stranger, connect(where) as second, contextlib.suppress(OSError):
+        stranger.sendall(hello(token))
+        stranger.recv(64)
+        second.sendall(hello(token, HELLO_CREDITS))
+        second.recv(64)
+        for connection, pieces in ((second, grants), (stranger, frames)):
+            for piece in pieces:
+                connection.sendall(piece)
+        stranger.recv(4096)
 
 
 def http2(random: Random) -> list[bytes]:

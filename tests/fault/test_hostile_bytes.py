@@ -89,14 +89,19 @@ def attack_metrics_port(target: Target, random: Random) -> None:
 
 
 def attack_tcp_lane(target: Target, random: Random) -> None:
-    kind = random.randrange(3)
+    kind, where = random.randrange(5), target.facts["tcp"]
+    frames = [hostile.spoiled(random, hostile.frame(random, target.plan.epoch, HELD)) for _ in range(3)]
     if kind == 0:
-        hostile.say(target.facts["tcp"], *hostile.noise(random))
+        hostile.say(where, *hostile.noise(random))
     elif kind == 1:
-        hostile.say(target.facts["tcp"], hostile.hello(random.randbytes(16)), *hostile.noise(random))
+        hello = random.choice([hostile.HELLO, hostile.HELLO_CREDITS])
+        hostile.say(where, hostile.hello(random.randbytes(16), hello), *hostile.noise(random))
+    elif kind == 2:  # before the connection for credits, without which there is no lane
+        hostile.say(where, hostile.hello(target.admit("tcp").token), *frames)
+    elif kind == 3:
+        hostile.say_on_both(where, target.admit("tcp").token, frames, [])
     else:
-        frames = [hostile.spoiled(random, hostile.frame(random, target.plan.epoch, HELD)) for _ in range(3)]
-        hostile.say(target.facts["tcp"], hostile.hello(target.admit("tcp").token), *frames)
+        hostile.say_on_both(where, target.admit("tcp").token, frames, hostile.noise(random))
 
 
 def attack_unix_socket(target: Target, random: Random) -> None:

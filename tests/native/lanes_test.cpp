@@ -31,6 +31,10 @@ using namespace sidepool;
 
 namespace {
 
+// tcp with credits on a connection of their own. Windows are as small as they get, so that both ends wait for credit.
+const std::string kApart = "tcp, credits apart";
+constexpr uint64_t kSmallest = 1;
+
 constexpr int kFeatures = 6;
 constexpr int64_t kRows = 1000;
 constexpr int kDim = 16;
@@ -79,18 +83,18 @@ std::string fresh_token() {
 struct Cluster {
   std::vector<std::unique_ptr<SidecarServer>> servers;
   std::vector<int> ports;
-  explicit Cluster(int sidecars, int engines = 1) {
+  explicit Cluster(int sidecars, int engines = 1, const std::string& kind = "tcp") {
     for (int s = 0; s < sidecars; ++s) {
       servers.push_back(std::make_unique<SidecarServer>(engines, 5, 64, 64 << 20));
       servers.back()->publish(make_tables(s, sidecars));
       servers.back()->listen_unix(socket_path(s));
-      ports.push_back(servers.back()->listen_tcp("127.0.0.1", 0));
+      ports.push_back(servers.back()->listen_tcp("127.0.0.1", 0, {kind == kApart, kSmallest, 0, 192}));
     }
   }
   std::shared_ptr<ClientLane> connect(int s, const std::string& kind, uint32_t slots = 4, uint64_t request = 1 << 16, uint64_t response = 1 << 18) {
     const std::string token = fresh_token();
-    servers[size_t(s)]->expect(token, kind, {slots, request, response}, 5);
-    return kind == "shm" ? connect_shm(socket_path(s), token, 5) : connect_tcp("127.0.0.1", ports[size_t(s)], token, 5);
+    servers[size_t(s)]->expect(token, kind == kApart ? "tcp" : kind, {slots, request, response}, 5);
+    return kind == "shm" ? connect_shm(socket_path(s), token, 5) : connect_tcp("127.0.0.1", ports[size_t(s)], token, 5, kSmallest);
   }
   void attach(LookupClient& client, const std::string& kind) {
     for (size_t s = 0; s < servers.size(); ++s) client.attach(int32_t(s), connect(int(s), kind));
@@ -131,7 +135,7 @@ struct Looker {
 };
 
 void many_threads_share_a_lane(const std::string& kind) {
-  Cluster cluster(2, 2);
+  Cluster cluster(2, 2, kind);
   LookupClient client(5, make_routes(2), 5, false);
   cluster.attach(client, kind);
   std::atomic<int> wrong{0};
@@ -150,7 +154,7 @@ void many_threads_share_a_lane(const std::string& kind) {
 }
 
 void lanes_lost_under_load_fail_cleanly_and_come_back(const std::string& kind) {
-  Cluster cluster(2);
+  Cluster cluster(2, 1, kind);
   LookupClient client(5, make_routes(2), 5, false);
   cluster.attach(client, kind);
   std::atomic<bool> stop{false};
@@ -179,7 +183,7 @@ void lanes_lost_under_load_fail_cleanly_and_come_back(const std::string& kind) {
 }
 
 void a_closing_sidecar_releases_its_waiters(const std::string& kind) {
-  Cluster cluster(1);
+  Cluster cluster(1, 1, kind);
   LookupClient client(5, make_routes(1), 5, false);
   cluster.attach(client, kind);
   std::atomic<bool> ended{false};
@@ -226,7 +230,7 @@ void draining_refuses_new_lookups() {
 }
 
 void another_epoch_is_refused(const std::string& kind) {
-  Cluster cluster(1);
+  Cluster cluster(1, 1, kind);
   LookupClient client(6, make_routes(1), 5, false);
   cluster.attach(client, kind);
   Looker looker(1);
@@ -249,7 +253,7 @@ void lost_sidecars_degrade_to_zeros_where_asked() {
 }
 
 void steady_state_allocates_nothing(const std::string& kind) {
-  Cluster cluster(2, 2);
+  Cluster cluster(2, 2, kind);
   LookupClient client(5, make_routes(2), 5, false);
   for (int s : {0, 1}) client.attach(s, cluster.connect(s, kind, 4, 1 << 18, 2 << 20));
   Looker looker(1);
@@ -272,7 +276,7 @@ int64_t helped(const Cluster& cluster) {
 
 // Large lookups are pooled by all engines together while lanes come and go under them, and their owners are stopped.
 void engines_share_large_lookups(const std::string& kind) {
-  Cluster cluster(1, 3);
+  Cluster cluster(1, 3, kind);
   const auto connect = [&] { return cluster.connect(0, kind, 4, 1 << 18, 2 << 20); };
   std::atomic<int> wrong{0};
   std::atomic<bool> stop{false};
@@ -312,7 +316,7 @@ int open_descriptors() {
 }
 
 void dead_peers_leave_nothing(const std::string& kind) {
-  Cluster cluster(1);
+  Cluster cluster(1, 1, kind);
   auto settle = [&](int64_t lanes) {
     for (int i = 0; i < 500 && cluster.servers[0]->engines()[0]->load() != lanes; ++i) std::this_thread::sleep_for(std::chrono::milliseconds(2));
     CHECK(cluster.servers[0]->engines()[0]->load() == lanes);
@@ -489,7 +493,7 @@ void a_slow_reader_is_held_to_its_credits() {
   Fd slow = dial_tcp("127.0.0.1", cluster.ports[0], now_ns() + 2'000'000'000);
   const int small = 4096;
   setsockopt(slow.get(), SOL_SOCKET, SO_RCVBUF, &small, sizeof small);
-  shake_hands(slow.get(), token, nullptr, 0, now_ns() + 2'000'000'000, "test");
+  shake_hands(slow.get(), hello_with(token, FrameKind::hello, "test"), nullptr, 0, now_ns() + 2'000'000'000, "test");
   // Batches of zero-length fixed bags: small requests with large answers.
   const uint32_t batch = 8000;
   const RequestLayout layout = request_layout(kFeatures, 0, 0, 0);
@@ -535,7 +539,7 @@ void a_slow_reader_is_held_to_its_credits() {
 
 int main() {
   std::vector<TestCase> tests;
-  for (const std::string kind : {"shm", "tcp"}) {
+  for (const std::string& kind : {std::string("shm"), std::string("tcp"), kApart}) {
     tests.push_back({kind + ": many threads share a lane", [kind] { many_threads_share_a_lane(kind); }});
     tests.push_back({kind + ": lanes lost under load fail cleanly and come back", [kind] { lanes_lost_under_load_fail_cleanly_and_come_back(kind); }});
     tests.push_back({kind + ": a closing sidecar releases its waiters", [kind] { a_closing_sidecar_releases_its_waiters(kind); }});
