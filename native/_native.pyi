@@ -159,6 +159,9 @@ class RdmaOffer:
 def rdma_unavailable() -> str:
     """Empty where libibverbs was there at build time and is now; else what to do about it."""
 
+def rdma_dmabuf_refusal(device: str, fd: int = -1) -> str:
+    """Why the device cannot write into another device's memory, given as a dma-buf; empty: it can. -1 asks the driver alone."""
+
 class LookupClient:
     """Routes lookups to lanes and merges what comes back. Thread-safe; any number of concurrent `lookup` calls.
 

@@ -60,6 +60,7 @@ nb::dict rdma_counters(const RdmaCounters& c, bool thread_domain) {
 
 void bind_rdma(nb::module_& m, nb::class_<SidecarServer>& server, nb::class_<LookupClient>& client) {
   m.def("rdma_unavailable", &rdma_unavailable);
+  m.def("rdma_dmabuf_refusal", &rdma_dmabuf_refusal, "device"_a, "fd"_a = -1);
   nb::class_<RdmaOffer>(m, "RdmaOffer").def_prop_ro("end", [](const RdmaOffer& self) { return as_bytes(self.end()); });
   server
       .def("migrate", &SidecarServer::migrate, "lane"_a, "engine"_a, nb::call_guard<nb::gil_scoped_release>())

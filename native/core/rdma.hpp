@@ -106,4 +106,8 @@ std::shared_ptr<RdmaRanker> make_rdma_ranker(const RdmaOptions& options, int eng
 // Empty where the lane was compiled in and libibverbs can be loaded; else what to do about it.
 std::string rdma_unavailable();
 
+// Why this device cannot write into memory of another device (a GPU's) that is given as a dma-buf; empty: it can. `fd` is such
+// memory of at least a page, or -1 to ask the driver alone: one that can complains of the descriptor instead. Throws Error.
+std::string rdma_dmabuf_refusal(const std::string& device, int fd);
+
 }  // namespace sidepool

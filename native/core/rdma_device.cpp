@@ -31,6 +31,21 @@ std::string text(const ibv_gid& gid) {
 
 }  // namespace
 
+std::string rdma_dmabuf_refusal(const std::string& device, int fd) {
+  const Verbs& v = verbs();
+  if (v.reg_dmabuf_mr == nullptr) return "libibverbs has no ibv_reg_dmabuf_mr";
+  int count = 0;
+  std::unique_ptr<ibv_device*, void (*)(ibv_device**)> list(v.get_device_list(&count), v.free_device_list);
+  for (int i = 0; list && i < count; ++i) {
+    if (device != v.get_device_name(list.get()[i])) continue;
+    const Owned<ibv_context> context = require(v.open_device(list.get()[i]), ("open device " + device).c_str());
+    const Owned<ibv_pd> pd = require(v.alloc_pd(context.get()), "allocate a protection domain");
+    const Owned<ibv_mr> memory(v.reg_dmabuf_mr(pd.get(), 0, 4096, 0, fd, IBV_ACCESS_LOCAL_WRITE | IBV_ACCESS_REMOTE_WRITE));
+    return memory || (fd < 0 && errno == EBADF) ? "" : std::strerror(errno);
+  }
+  throw Error(Status::transport, "rdma device: found '" + device + "'; allowed: a device of this machine");
+}
+
 RdmaDevice::RdmaDevice(const RdmaOptions& options) : options_(options) {
   const Verbs& v = verbs();
   int count = 0;

@@ -21,6 +21,7 @@ std::string rdma_unavailable() {
   return "rdma: this build has no rdma lane: libibverbs-dev was missing; apt-get install libibverbs-dev, then make native";
 }
 std::shared_ptr<RdmaServer> make_rdma_server(const RdmaOptions&) { throw Error(Status::transport, rdma_unavailable()); }
+std::string rdma_dmabuf_refusal(const std::string&, int) { throw Error(Status::transport, rdma_unavailable()); }
 std::shared_ptr<RdmaRanker> make_rdma_ranker(const RdmaOptions&, int, uint32_t) { throw Error(Status::transport, rdma_unavailable()); }
 
 #endif

@@ -29,6 +29,7 @@ Verbs load() {
   find(library, v.alloc_pd, "ibv_alloc_pd");
   find(library, v.dealloc_pd, "ibv_dealloc_pd");
   find(library, v.reg_mr, "ibv_reg_mr");
+  v.reg_dmabuf_mr = reinterpret_cast<decltype(v.reg_dmabuf_mr)>(dlsym(library, "ibv_reg_dmabuf_mr"));
   find(library, v.dereg_mr, "ibv_dereg_mr");
   find(library, v.create_comp_channel, "ibv_create_comp_channel");
   find(library, v.destroy_comp_channel, "ibv_destroy_comp_channel");

@@ -198,13 +198,28 @@ def _rdma_ports(device: Device, dev: Path) -> Iterator[Finding]:
             pass  # limits are told where they can be
         except OSError as e:
             todo.append(f"the device cannot be opened: {e}")
+    gpu_memory = _gpu_memory(device) if not todo else "unknown"
     for port in device.ports:
         mtu_bytes = limits.active_mtus_bytes[port.number] if limits else port.mtu_bytes
         advice = "; ".join([*todo, *_port_advice(port, mtu_bytes)])
         told = [port.link_layer, port.state, port.rate, f"MTU {mtu_bytes or 'unknown'}", _addresses(port)]
         told.append("NUMA node unknown" if device.numa_node is None else f"NUMA node {device.numa_node}")
         told.append(_limits(limits) if limits else "limits unknown without pyverbs")
+        told.append(f"registration of GPU memory (dma-buf): {gpu_memory}")
         yield Finding(f"{device.name}/{port.number}", "limited" if advice else "ok", ", ".join(told), advice)
+
+
+def _gpu_memory(device: Device) -> str:
+    """Whether the device's driver can register memory that another device exports."""
+    try:
+        from sidepool import _native
+
+        refusal = _native.rdma_dmabuf_refusal(device.name)
+    except ImportError:
+        return "unknown without the native core"
+    except _native.NativeError as e:
+        return f"unknown: {e.args[1]}"
+    return f"no ({refusal})" if refusal else "yes"
 
 
 def _limits(limits: VerbsLimits) -> str:

@@ -6,12 +6,15 @@
 #include <atomic>
 #include <cstdlib>
 #include <random>
+#include <set>
+#include <string>
 #include <thread>
 
 #include "check.hpp"
 #include "client.hpp"
 #include "clock.hpp"
 #include "server.hpp"
+#include "verbs.hpp"
 
 // Counts every heap allocation and every mutex taken in the process. Not inlined: the compiler would see free() on what new returned.
 static std::atomic<int64_t> allocations{0}, locks{0};
@@ -168,6 +171,24 @@ void steady_state_allocates_nothing_and_engines_take_no_lock() {
 #endif
 }
 
+#ifdef SIDEPOOL_VERBS
+// Rankers and operators are told why a lane ended: no two ends sound the same, and none like a success.
+void every_completion_status_has_a_meaning_of_its_own() {
+  std::set<std::string> meanings;
+  for (int status = IBV_WC_SUCCESS; status <= IBV_WC_GENERAL_ERR; ++status) {
+    const auto s = ibv_wc_status(status);
+    // Of end-to-end contexts, reliable datagrams and memory windows, which are not used here.
+    if (s == IBV_WC_MW_BIND_ERR || s == IBV_WC_LOC_EEC_OP_ERR || s == IBV_WC_LOC_RDD_VIOL_ERR || s == IBV_WC_REM_INV_RD_REQ_ERR ||
+        s == IBV_WC_INV_EECN_ERR || s == IBV_WC_INV_EEC_STATE_ERR)
+      continue;
+    CHECK(meanings.insert(meaning(s)).second);
+  }
+  CHECK(meanings.size() == size_t(IBV_WC_GENERAL_ERR) + 1 - 6);
+}
+#else
+void every_completion_status_has_a_meaning_of_its_own() {}
+#endif
+
 }  // namespace
 
 int main() {
@@ -179,5 +200,6 @@ int main() {
   }
   return run_tests({{"many threads share a lane that moves", many_threads_share_a_lane_that_moves},
                     {"lanes come and go under load", lanes_come_and_go_under_load},
+                    {"every completion status has a meaning of its own", every_completion_status_has_a_meaning_of_its_own},
                     {"steady state allocates nothing and engines take no lock", steady_state_allocates_nothing_and_engines_take_no_lock}});
 }

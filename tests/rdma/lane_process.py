@@ -1,7 +1,8 @@
 """One end of a lane in a process of its own, for tests that kill it. Ends are exchanged as hex lines on stdin and stdout.
 
-lane_process.py sidecar          reads a ranker's end, writes its own, serves until stdin closes
-lane_process.py ranker TIMEOUT   writes its end, reads the sidecar's, looks up for ever
+serve   reads a ranker's end, writes its own, serves until stdin closes
+ask     writes its end, reads the sidecar's, looks up for ever
+crowd   does so `CROWD` times, without lookups, then writes an empty line
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lane_world import REQUEST_BYTES, RESPONSE_BYTES, SLOTS, bags, look_up, make_client, make_server, path
+
+# Lanes of one `crowd`.
+CROWD = 50
 
 
 def serve(timeout_s: float) -> None:
@@ -30,6 +34,16 @@ def ask(timeout_s: float) -> None:
     seed = 0
     while look_up(client, bags(20, seed))[0] == 0:
         seed += 1
+
+
+def crowd(timeout_s: float) -> None:
+    client = make_client(CROWD)
+    for i in range(CROWD):
+        offer = client.offer_rdma(path("rxeA", peer_timeout_s=timeout_s), 1, 1, REQUEST_BYTES, RESPONSE_BYTES)
+        print(offer.end.hex(), flush=True)
+        client.attach_rdma(i, offer, bytes.fromhex(sys.stdin.readline()))
+    print("", flush=True)
+    sys.stdin.read()
 
 
 @contextmanager

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 import threading
 import time
+from pathlib import Path
 
 import cable
 import pytest
-from lane_process import hear, other_process, tell
+from lane_process import CROWD, hear, other_process, tell
 from lane_world import (
     REQUEST_BYTES,
     RESPONSE_BYTES,
@@ -77,6 +80,32 @@ def test_a_ranker_that_was_killed_is_noticed_and_its_memory_freed() -> None:
         wait_until(lambda: lanes(both.server) == 1)
         assert_answers(both.client, 3, 2)
         assert both.both("failures") == 1
+
+
+def resources() -> tuple[dict[str, int], str]:
+    """What the sidecar's device holds, and the memory that this process has pinned."""
+    told = json.loads(subprocess.run(["rdma", "-j", "resource", "show"], check=True, stdout=subprocess.PIPE, text=True).stdout)
+    (held,) = [{kind: device[kind] for kind in ("pd", "cq", "qp", "mr")} for device in told if device["ifname"] == "rxeB"]
+    return held, Path("/proc/self/status").read_text().partition("VmPin:")[2].partition("\n")[0]
+
+
+def test_a_hundred_dead_rankers_leave_no_memory_and_no_device_resources_behind() -> None:
+    with joined(**OPTIONS) as both:
+        assert_answers(both.client, 3, 1)
+        before = resources()
+        for _ in range(2):
+            with other_process("crowd", TIMEOUT_S) as rankers:
+                for _ in range(CROWD):
+                    tell(rankers, both.server.connect_rdma(1, REQUEST_BYTES, RESPONSE_BYTES, hear(rankers)))
+                assert hear(rankers) == b""
+                assert lanes(both.server) == CROWD + 1
+                assert resources()[0]["qp"] == before[0]["qp"] + 2 * CROWD
+                rankers.kill()
+                rankers.wait()
+            wait_until(lambda: lanes(both.server) == 1)
+            assert_answers(both.client, 3, 2)
+        wait_until(lambda: resources() == before)
+        assert both.server_rdma("failures") == 2 * CROWD
 
 
 def test_a_ranker_that_never_came_after_its_connect_is_forgotten() -> None:
