@@ -63,7 +63,7 @@ def test_lanes_and_metrics_are_switched_off_with_null() -> None:
     ("change", "complaint"),
     [
         ({"slotz": 4}, r"slotz: unknown key; allowed here: version, name, plan"),
-        ({"listen": {"grcp": "x"}}, r"listen\.grcp: unknown key; allowed here: grpc, tcp, unix, rdma, metrics"),
+        ({"listen": {"grcp": "x"}}, r"listen\.grcp: unknown key; allowed here: grpc, tcp, tcp_credits, unix, rdma, metrics"),
         ({"slots": 0}, r"slots: found 0; allowed: greater than or equal to 1"),
         ({"slots": "16"}, r"slots: found '16'; allowed: a valid integer"),
         ({"engines": 257}, r"engines: found 257; allowed: less than or equal to 256"),
