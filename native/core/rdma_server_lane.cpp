@@ -227,6 +227,8 @@ class VerbsServer final : public RdmaServer {
   std::pair<std::unique_ptr<ServerLane>, std::string> admit(RdmaDomain& any, const LaneLimits& limits, const std::string& bytes) override {
     const RdmaOptions& options = device_->options();
     const RdmaEnd peer = parse_end(*device_, bytes, limits, limits.response_bytes + kTrailerBytes);
+    if (!options.piggyback && peer.control_qpn == 0)
+      throw Error(Status::transport, "rdma: the peer's end: control queue pair: found 0; allowed: one, since this sidecar's credits are dedicated");
     auto memory = std::make_shared<RdmaMemory>(device_, limits.slots * limits.request_bytes, limits.slots * limits.response_bytes);
     RdmaLink link(static_cast<VerbsDomain&>(any), *memory, depths(limits.slots), !options.piggyback);
     link.connect(peer, {peer.data_qpn, peer.data_psn, peer.control_qpn, peer.control_psn});

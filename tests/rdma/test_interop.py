@@ -144,7 +144,7 @@ def test_a_ranker_that_breaks_the_rules_loses_its_lane_and_nobody_else(bad: str)
 
 @pytest.mark.parametrize("bad", ["key", "address"])
 def test_a_write_outside_the_lanes_own_slots_is_refused_by_the_device(bad: str) -> None:
-    with joined() as others, python_ranker(others.server) as ranker:
+    with joined(piggyback=True) as others, python_ranker(others.server) as ranker:
         frame = request_frame(bags(2, 1), slot=1, lookup_id=1)
         other_key = ranker.other.slots_rkey ^ 0x101
         to = REQUEST_BYTES if bad == "key" else SLOTS * REQUEST_BYTES
@@ -253,3 +253,64 @@ def test_a_sidecar_that_sends_more_than_it_was_granted_loses_the_lane() -> None:
         assert found == [(4, False)]
         assert client.stats()["lanes"][0]["lost"] == "the sidecar sent more than it was granted"
         client.close()
+
+
+IMPOSSIBLE_ENDS = [
+    ({"magic": 1}, "no end of wire version 1"),
+    ({"link_layer": 1}, "link layer: found 1; allowed: 2 (Ethernet)"),
+    ({"mtu": 0}, "mtu: found 0; allowed: 1 to 5"),
+    ({"mtu": 6}, "mtu: found 6; allowed: 1 to 5"),
+    ({"data_qpn": 0}, "queue pair numbers: found 0 and"),
+    ({"data_qpn": 1 << 24}, "queue pair numbers: found 16777216 and"),
+    ({"receives": 0}, "receives: found 0; allowed: 24 to 65536"),
+    ({"receives": (1 << 32) - 1}, "receives: found 4294967295; allowed: 24 to 65536"),
+    ({"slots": 0}, "slots: found 0; allowed: 16"),
+    ({"slot_stride": 0}, "slot_stride: found 0; allowed:"),
+    ({"window_bytes": 0}, "window_bytes: found 0; allowed: from one slot to 64 slots"),
+    ({"window_bytes": (1 << 64) - 1}, "window_bytes: found 18446744073709551615; allowed: from one slot to 64 slots"),
+]
+
+
+def test_ends_that_cannot_be_are_refused_by_name_at_either_side() -> None:
+    server, client = make_server(), make_client()
+    try:
+        offer = client.offer_rdma(path("rxeA"), 1, SLOTS, REQUEST_BYTES, RESPONSE_BYTES)
+        mine = End.unpack(offer.end)
+        theirs = End.unpack(server.connect_rdma(SLOTS, REQUEST_BYTES, RESPONSE_BYTES, offer.end))
+        for change, message in IMPOSSIBLE_ENDS:
+            with pytest.raises(_native.NativeError) as caught:
+                server.connect_rdma(SLOTS, REQUEST_BYTES, RESPONSE_BYTES, mine._replace(**change).pack())
+            assert message in caught.value.args[1]
+            with pytest.raises(_native.NativeError) as caught:
+                client.attach_rdma(0, offer, theirs._replace(**change).pack())
+            assert message in caught.value.args[1]
+        with pytest.raises(_native.NativeError) as caught:
+            server.connect_rdma(SLOTS, REQUEST_BYTES, RESPONSE_BYTES, mine._replace(control_qpn=0).pack())
+        assert "control queue pair: found 0; allowed: one, since this sidecar's credits are dedicated" in caught.value.args[1]
+        assert server.stats()["engines"][0]["lanes"] == 1
+        client.attach_rdma(0, offer, theirs.pack())
+        assert look_up(client, bags(5, 5))[0] == 0
+    finally:
+        client.close()
+        server.close()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"gid": bytes(10) + b"\xff\xff" + bytes([10, 9, 0, 77])},
+        {"slots_address": (1 << 64) - 64},
+        {"slots_rkey": 0},
+        {"control_address": 0, "control_rkey": 1},
+    ],
+    ids=lambda wrong: next(iter(wrong)),
+)
+def test_ends_that_lie_cost_their_own_lane_and_nobody_elses(wrong: dict[str, bytes | int]) -> None:
+    with joined(piggyback=True, peer_timeout_s=4.0) as others:
+        ranker = WirePeer.open("rxeA", slots=SLOTS, stride=RANKER_STRIDE)
+        with ranker.data:
+            lie = ranker.end()._replace(**wrong)  # type: ignore[arg-type]
+            ranker.connect(End.unpack(others.server.connect_rdma(SLOTS, REQUEST_BYTES, RESPONSE_BYTES, lie.pack())))
+            ask(ranker, 0, 1, batch=3)
+            wait_until(lambda: others.server.stats()["engines"][0]["lanes"] == 1)
+            assert look_up(others.client, bags(5, 5))[0] == 0
