@@ -295,21 +295,30 @@ def test_ends_that_cannot_be_are_refused_by_name_at_either_side() -> None:
         server.close()
 
 
+def test_an_end_at_an_address_where_nobody_is_gets_no_lane() -> None:
+    nowhere = bytes(10) + b"\xff\xff" + bytes([10, 9, 0, 77])
+    with joined(piggyback=True) as others:
+        ranker = WirePeer.open("rxeA", slots=SLOTS, stride=RANKER_STRIDE)
+        with ranker.data, pytest.raises(_native.NativeError, match=r"cannot connect a queue pair .*: Connection timed out"):
+            others.server.connect_rdma(SLOTS, REQUEST_BYTES, RESPONSE_BYTES, ranker.end()._replace(gid=nowhere).pack())
+        assert others.server.stats()["engines"][0]["lanes"] == 1
+        assert look_up(others.client, bags(5, 5))[0] == 0
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"gid": bytes(10) + b"\xff\xff" + bytes([10, 9, 0, 77])},
         {"slots_address": (1 << 64) - 64},
         {"slots_rkey": 0},
         {"control_address": 0, "control_rkey": 1},
     ],
     ids=lambda wrong: next(iter(wrong)),
 )
-def test_ends_that_lie_cost_their_own_lane_and_nobody_elses(wrong: dict[str, bytes | int]) -> None:
+def test_ends_that_lie_cost_their_own_lane_and_nobody_elses(wrong: dict[str, int]) -> None:
     with joined(piggyback=True, peer_timeout_s=4.0) as others:
         ranker = WirePeer.open("rxeA", slots=SLOTS, stride=RANKER_STRIDE)
         with ranker.data:
-            lie = ranker.end()._replace(**wrong)  # type: ignore[arg-type]
+            lie = ranker.end()._replace(**wrong)
             ranker.connect(End.unpack(others.server.connect_rdma(SLOTS, REQUEST_BYTES, RESPONSE_BYTES, lie.pack())))
             ask(ranker, 0, 1, batch=3)
             wait_until(lambda: others.server.stats()["engines"][0]["lanes"] == 1)
