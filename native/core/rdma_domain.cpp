@@ -96,7 +96,13 @@ void VerbsDomain::retire(std::unique_ptr<RdmaQueue> data, std::unique_ptr<RdmaQu
 }
 
 void VerbsDomain::bury(uint64_t now) {
-  std::erase_if(retired_, [now](const Retired& r) { return r.data->failed() || r.data->idle() || now >= r.until_ns; });
+  for (Retired& r : retired_) {
+    if (!r.data->failed() && !r.data->idle() && now < r.until_ns) continue;
+    // First: closing the gaps below may let go of the memory before, and a protection domain in use cannot be freed.
+    r.data.reset();
+    r.control.reset();
+  }
+  std::erase_if(retired_, [](const Retired& r) { return r.data == nullptr; });
 }
 
 RdmaQueue* VerbsDomain::find(uint64_t wr_id) const {
