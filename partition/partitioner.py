@@ -8,16 +8,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from sidepool.partition.artifact import check_out_dir, write_artifact
-from sidepool.partition.capture import Captured, capture, source_line
+from sidepool.partition.capture import Captured, capture
 from sidepool.partition.lookups import ROW_DTYPES, Jagged, Lookup, feature_names, find_lookups
 from sidepool.partition.planning import make_plan
 from sidepool.partition.programs import Cut, cut_programs, program_bytes
 from sidepool.partition.report import PartitionReport
-from sidepool.partition.sources import packet
 from sidepool.partition.triton_config import TritonOptions
 from sidepool.partition.verify import verify_cut
 from sidepool.wire.config import decode
@@ -58,7 +56,8 @@ def partition_model(
     stored_as = None if row_format is None else _row_format(row_format)
     check_out_dir(out)
     captured = capture(model, example_inputs)
-    cut = cut_programs(captured, find_lookups(captured))
+    found = find_lookups(captured)
+    cut = cut_programs(captured, found.lookups)
     own_dtype = ROW_DTYPES[cut.lookups[0].weight.dtype]
     error = verify_cut(captured, cut)
     names = feature_names(cut.lookups)
@@ -68,7 +67,7 @@ def partition_model(
     programs = {DENSE_FILE: program_bytes(cut.dense)}
     if cut.index is not None:
         programs[INDEX_FILE] = program_bytes(cut.index)
-    report = PartitionReport(plan, spec, out, ids, len(programs[DENSE_FILE]), error, _kept(captured, cut))
+    report = PartitionReport(plan, spec, out, ids, len(programs[DENSE_FILE]), error, list(found.kept))
     return write_artifact(out, report, {x.table: x.weight for x in cut.lookups}, programs, triton or TritonOptions())
 
 
@@ -146,11 +145,3 @@ def _ids_per_bag(captured: Captured, lookup: Lookup) -> float:
         return float(lookup.source.end - lookup.source.begin)
     values = captured.examples[captured.inputs.index(lookup.source.values)]
     return values.numel() / captured.expected[0].shape[0]
-
-
-def _kept(captured: Captured, cut: Cut) -> list[str]:
-    """Embedding operators that did not leave the model."""
-    moved = {lookup.node for lookup in cut.lookups}
-    operators = {torch.ops.aten.embedding, torch.ops.aten.embedding_bag}
-    kept = [n for n in captured.graph.nodes if packet(n) in operators and n not in moved]
-    return [f"{n.name} ({source_line(n)}): no parameter is looked up by the model's inputs there" for n in kept]
