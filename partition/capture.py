@@ -216,7 +216,7 @@ def _captured(
         states[node] = (target, value)
         if spec.kind is InputKind.PARAMETER:
             parameters.add(node)
-    outputs = tuple(nodes[spec.arg.name] for spec in program.graph_signature.output_specs)
+    outputs = tuple(graph.output_node().args[0])
     for name, node in zip(names, outputs, strict=True):
         shape = node.meta["val"].shape
         if len(shape) == 0 or isinstance(shape[0], int):
