@@ -156,6 +156,8 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     try:
         with quiet_torch():
             program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+            if not _writes(program):
+                return program
             # Functionalised, so that no operator writes into what another one reads; nothing is decomposed.
             functional: ExportedProgram = program.run_decompositions({})
             return functional
@@ -164,6 +166,15 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
             f"model: torch.export cannot capture it with a varying batch: {type(e).__name__}: {_first_lines(e)}\n"
             "remedy: no data-dependent control flow, and no batch size fixed as a number in the model's code"
         ) from e
+
+
+def _writes(program: ExportedProgram) -> bool:
+    """Whether an operator writes into its arguments. To functionalise takes longer than to export where features are many."""
+    operators = (n.target for n in program.graph.nodes if n.op == "call_function")
+    return any(
+        isinstance(o, torch._ops.HigherOrderOperator) or (isinstance(o, torch._ops.OpOverload) and o._schema.is_mutable)
+        for o in operators
+    )
 
 
 def _outputs(result: Any) -> tuple[tuple[str, ...], tuple[Tensor, ...]]:

@@ -66,7 +66,7 @@ def find_hand_pooling(captured: Captured, rows: fx.Node, table: Tensor) -> HandP
     if pooling is Pooling.SUM and others == 0:
         return HandPooling(pooling, output, mask)
     # Left out ids must lose against every row; a bag that has no other gives what stands for them.
-    if pooling is Pooling.MAX and others < float(table.min()) and output not in captured.outputs:
+    if pooling is Pooling.MAX and others < float(table.detach().min()) and output not in captured.outputs:
         return HandPooling(pooling, output, mask, others)
     return None
 
@@ -159,7 +159,7 @@ def _penalty(captured: Captured, penalty: object, rows: fx.Node, table: Tensor) 
     if inverse.args[1] != 1 or len(inverse.args) > 2:
         return None
     mask = _mask(captured, inverse.args[0], rows)
-    ends = torch.stack(table.aminmax()) - float(number)
+    ends = torch.stack(table.detach().aminmax()) - float(number)
     return (mask, -float(number)) if mask is not None and bool((ends == -float(number)).all()) else None
 
 

@@ -22,6 +22,7 @@ def normalise(graph: fx.Graph) -> None:
             node.replace_all_uses_with(replacement)
             graph.erase_node(node)
     _merge_repeats(graph)
+    graph.eliminate_dead_code()
 
 
 def _name_squeezed(node: fx.Node) -> None:
