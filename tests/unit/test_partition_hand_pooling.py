@@ -55,7 +55,7 @@ PROVABLE: dict[str, tuple[Body, str, int | None]] = {
     "ids left out": (lambda rows, ids, n: rows.masked_fill((ids == 3).unsqueeze(2), 0).sum(-2), "sum", 3),
     "ids left out, negated": (lambda rows, ids, n: (rows * (~(ids == 3)).unsqueeze(2)).sum(1), "sum", 3),
     "lengths": (lambda rows, ids, n: (rows * kept(n).unsqueeze(-1).float()).sum(1), "sum", ROWS),
-    "lengths, chosen": (lambda rows, ids, n: torch.where(kept(n).unsqueeze(2), rows, 0.0).sum(1, keepdim=True).squeeze(1), "sum", ROWS),
+    "lengths, chosen": (lambda rows, ids, n: torch.where(kept(n).unsqueeze(2), rows, 0.0).sum([1]), "sum", ROWS),
     "lengths, as a product": (lambda rows, ids, n: torch.bmm(kept(n).float().unsqueeze(1), rows).squeeze(1), "sum", ROWS),
     "mean over lengths": (lambda rows, ids, n: (rows * kept(n).unsqueeze(-1)).sum(1) / n.clamp(min=1), "sum", ROWS),
     "largest": (lambda rows, ids, n: rows.max(dim=1).values, "max", None),
