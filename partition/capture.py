@@ -101,6 +101,8 @@ def quiet_torch() -> Iterator[None]:
         warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\..*")
+        # Recurrent layers put their own weights in place while they are traced.
+        warnings.filterwarnings("ignore", message=r"The tensor attributes .* were assigned during export")
         yield
 
 
