@@ -16,6 +16,8 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
+from sidepool.partition.keyed_jagged import plain_arguments
+from sidepool.partition.normal_form import normalise
 from sidepool.wire.errors import CutError
 from sidepool.wire.model import TensorSpec
 
@@ -46,6 +48,8 @@ class Captured:
     output_names: tuple[str, ...]
     expected: tuple[Tensor, ...]
     """What the model itself gives for `examples`."""
+    keys: Mapping[fx.Node, str]
+    """Inputs that hold the ids of one key of a `KeyedJaggedTensor`: the key."""
 
     def input_specs(self) -> tuple[TensorSpec, ...]:
         """Names, dtypes and shapes of the inputs; sizes that vary are -1."""
@@ -59,14 +63,20 @@ class Captured:
 def capture(model: nn.Module, example_inputs: Any) -> Captured:
     """Export `model`; its training mode is restored afterwards.
 
-    example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments; lists and dicts may be nested in
-    them. Every tensor's first dimension (batch, or ids of a jagged feature) must be at least 2.
+    example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments; lists, dicts and TorchRec's
+    `KeyedJaggedTensor` may be nested in them. Every tensor's first dimension (batch, or ids of a jagged feature) must be at
+    least 2.
     Raises `CutError` where inputs or model cannot be captured.
     """
     if not isinstance(model, nn.Module):
         raise CutError(f"model: found {type(model).__name__}; allowed: a torch.nn.Module")
     args, kwargs = _arguments(example_inputs)
-    examples = tuple(_checked_examples((args, kwargs)))
+    with plain_arguments(model, args, kwargs) as plain:
+        return _capture(model, plain.args, plain.kwargs, plain.keys)
+
+
+def _capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], keys: Sequence[str | None]) -> Captured:
+    examples = tuple(_checked_examples((args, kwargs), keys))
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         if tensor.device.type != "cpu":
             raise CutError(
@@ -81,7 +91,7 @@ def capture(model: nn.Module, example_inputs: Any) -> Captured:
     finally:
         for module, training in modes.items():
             module.training = training
-    return _captured(program, examples, names, expected)
+    return _captured(program, examples, names, expected, keys)
 
 
 @contextmanager
@@ -91,6 +101,8 @@ def quiet_torch() -> Iterator[None]:
         warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\..*")
+        # Recurrent layers put their own weights in place while they are traced.
+        warnings.filterwarnings("ignore", message=r"The tensor attributes .* were assigned during export")
         yield
 
 
@@ -115,12 +127,12 @@ def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     )
 
 
-def _checked_examples(arguments: Any) -> Iterator[Tensor]:
+def _checked_examples(arguments: Any, keys: Sequence[str | None]) -> Iterator[Tensor]:
     leaves, _ = pytree.tree_flatten(arguments)
     if not leaves:
         raise CutError("example inputs: found none; allowed: at least one tensor")
-    for position, leaf in enumerate(leaves):
-        where = f"example inputs: tensor {position}"
+    for position, (leaf, key) in enumerate(zip(leaves, keys, strict=True)):
+        where = f"example inputs: tensor {position}" if key is None else f"example inputs: ids of {key!r}"
         if not isinstance(leaf, Tensor):
             raise CutError(f"{where}: found {leaf!r}; allowed: tensors only (fix constants inside the model)")
         if leaf.device.type != "cpu":
@@ -146,6 +158,8 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     try:
         with quiet_torch():
             program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+            if not _writes(program):
+                return program
             # Functionalised, so that no operator writes into what another one reads; nothing is decomposed.
             functional: ExportedProgram = program.run_decompositions({})
             return functional
@@ -154,6 +168,15 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
             f"model: torch.export cannot capture it with a varying batch: {type(e).__name__}: {_first_lines(e)}\n"
             "remedy: no data-dependent control flow, and no batch size fixed as a number in the model's code"
         ) from e
+
+
+def _writes(program: ExportedProgram) -> bool:
+    """Whether an operator writes into its arguments. To functionalise takes longer than to export where features are many."""
+    operators = (n.target for n in program.graph.nodes if n.op == "call_function")
+    return any(
+        isinstance(o, torch._ops.HigherOrderOperator) or (isinstance(o, torch._ops.OpOverload) and o._schema.is_mutable)
+        for o in operators
+    )
 
 
 def _outputs(result: Any) -> tuple[tuple[str, ...], tuple[Tensor, ...]]:
@@ -177,9 +200,14 @@ def _outputs(result: Any) -> tuple[tuple[str, ...], tuple[Tensor, ...]]:
 
 
 def _captured(
-    program: ExportedProgram, examples: tuple[Tensor, ...], names: tuple[str, ...], expected: tuple[Tensor, ...]
+    program: ExportedProgram,
+    examples: tuple[Tensor, ...],
+    names: tuple[str, ...],
+    expected: tuple[Tensor, ...],
+    keys: Sequence[str | None],
 ) -> Captured:
     graph = program.graph
+    normalise(graph)
     nodes = {node.name: node for node in graph.nodes}
     for output in program.graph_signature.output_specs:
         if output.kind is not OutputKind.USER_OUTPUT:
@@ -201,12 +229,13 @@ def _captured(
         states[node] = (target, value)
         if spec.kind is InputKind.PARAMETER:
             parameters.add(node)
-    outputs = tuple(nodes[spec.arg.name] for spec in program.graph_signature.output_specs)
+    outputs = tuple(graph.output_node().args[0])
     for name, node in zip(names, outputs, strict=True):
         shape = node.meta["val"].shape
         if len(shape) == 0 or isinstance(shape[0], int):
             raise CutError(f"model: output {name}: found shape {list(shape)}; allowed: the batch as its first dimension")
-    return Captured(graph, tuple(inputs), examples, states, frozenset(parameters), outputs, names, expected)
+    named = {node: key for node, key in zip(inputs, keys, strict=True) if key is not None}
+    return Captured(graph, tuple(inputs), examples, states, frozenset(parameters), outputs, names, expected, named)
 
 
 def _spec(name: str, node: fx.Node) -> TensorSpec:

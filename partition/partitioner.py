@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sidepool.partition.artifact import check_out_dir, write_artifact
-from sidepool.partition.capture import Captured, capture, quiet_torch, source_line
+from sidepool.partition.capture import Captured, capture, quiet_torch
 from sidepool.partition.check import Trial
 from sidepool.partition.cut_model import CutOptions, Objective
 from sidepool.partition.cut_report import CutReport
@@ -22,7 +22,6 @@ from sidepool.partition.planning import make_plan
 from sidepool.partition.profiles import DEFAULT_CPU, DEFAULT_GPU, DEFAULT_LINK
 from sidepool.partition.programs import Cut, cut_programs, program_bytes
 from sidepool.partition.report import PartitionReport
-from sidepool.partition.sources import packet
 from sidepool.partition.trials import trials
 from sidepool.partition.triton_config import TritonOptions
 from sidepool.partition.verify import look_up_examples, verify_cut
@@ -74,10 +73,10 @@ def partition_model(
     captured = capture(model, example_inputs)
     found = find_lookups(captured)
     options = CutOptions(link, objective, cpu, gpu, gpu_table_bytes, sidecars)
-    decision = decide(captured, found, {x: _ids_per_bag(captured, x) for x in found}, options)
+    decision = decide(captured, found.lookups, {x: _ids_per_bag(captured, x) for x in found.lookups}, options)
     cut = cut_programs(captured, decision.lookups)
     own_dtype = ROW_DTYPES[cut.lookups[0].weight.dtype]
-    tried = trials(captured, found)
+    tried = trials(captured, found.lookups)
     error = max(verify_cut(trial, cut) for trial in tried)
     names = feature_names(cut.lookups)
     ids = {feature: _ids_per_bag(captured, lookup) for feature, lookup in zip(names, cut.lookups, strict=True)}
@@ -87,7 +86,7 @@ def partition_model(
     if cut.index is not None:
         programs[INDEX_FILE] = program_bytes(cut.index)
     chosen = CutReport(decision)
-    kept = [*chosen.kept, *_kept(captured, found)]
+    kept = [*chosen.kept, *found.kept]
     report = PartitionReport(plan, spec, out, ids, len(programs[DENSE_FILE]), error, kept, chosen)
     recorded = [_recorded(trial, cut, names) for trial in tried]
     return write_artifact(out, report, {x.table: x.weight for x in cut.lookups}, programs, triton or TritonOptions(), recorded)
@@ -176,11 +175,3 @@ def _ids_per_bag(captured: Captured, lookup: Lookup) -> float:
         return float(lookup.source.end - lookup.source.begin)
     values = captured.examples[captured.inputs.index(lookup.source.values)]
     return values.numel() / captured.expected[0].shape[0]
-
-
-def _kept(captured: Captured, lookups: Sequence[Lookup]) -> list[str]:
-    """Embedding operators that could not leave the model."""
-    moved = {lookup.node for lookup in lookups}
-    operators = {torch.ops.aten.embedding, torch.ops.aten.embedding_bag}
-    kept = [n for n in captured.graph.nodes if packet(n) in operators and n not in moved]
-    return [f"{n.name} ({source_line(n)}): no parameter is looked up by the model's inputs there" for n in kept]

@@ -114,7 +114,12 @@ def _look_up(lookup: Lookup, inputs: dict[fx.Node, Tensor]) -> Tensor:
     ids = matrix.reshape(matrix.shape[0], -1)[:, source.begin : source.end].long()
     if lookup.pooling is Pooling.NONE:
         return functional.embedding(ids, lookup.weight)
-    return functional.embedding_bag(ids, lookup.weight, mode=str(lookup.pooling), padding_idx=lookup.padding_index)
+    if lookup.padding_index is None:
+        return functional.embedding_bag(ids, lookup.weight, mode=str(lookup.pooling))
+    # Of few rows, since torch's padding is a row and ours may be the number of rows.
+    few, places = torch.unique(torch.cat([ids.reshape(-1), ids.new_tensor([lookup.padding_index])]), return_inverse=True)
+    table = lookup.weight[few.clamp(max=lookup.weight.shape[0] - 1)]
+    return functional.embedding_bag(places[:-1].view_as(ids), table, mode=str(lookup.pooling), padding_idx=int(places[-1]))
 
 
 def _compare(captured: Captured, found: object, expected: tuple[Tensor, ...], unit: float, what: str) -> float:
