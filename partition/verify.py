@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor, fx
-from torch.nn import functional
 
 from sidepool.partition.capture import Captured, quiet_torch, source_line
-from sidepool.partition.lookups import Jagged, Lookup
+from sidepool.partition.lookups import Lookup
 from sidepool.partition.programs import Cut, cut_programs, example_arguments
-from sidepool.partition.sources import evaluate
+from sidepool.partition.reference import pool_rows
+from sidepool.partition.sources import Columns, evaluate
 from sidepool.wire.errors import CutError
-from sidepool.wire.plan import Pooling
 
 # Sums in another order differ by a few units in the last place per layer; a wrong cut differs by far more. In 16 bits these
 # units are coarse: as many as ROUNDINGS of them.
@@ -94,32 +94,21 @@ def look_up_examples(captured: Captured, cut: Cut) -> dict[Lookup, Tensor]:
     return {lookup: _look_up(lookup, inputs) for lookup in cut.lookups}
 
 
-def _look_up(lookup: Lookup, inputs: dict[fx.Node, Tensor]) -> Tensor:
-    source = lookup.source
-    if isinstance(source, Jagged):
-        weights = inputs[source.weights] if source.weights is not None else None
-        values, offsets = inputs[source.values].long(), inputs[source.offsets].long()
-        last = source.include_last_offset
-        mode = str(lookup.pooling)
-        return functional.embedding_bag(
-            values,
-            lookup.weight,
-            offsets,
-            mode=mode,
-            per_sample_weights=weights,
-            include_last_offset=last,
-            padding_idx=lookup.padding_index,
-        )
-    matrix = inputs[source.root]
-    ids = matrix.reshape(matrix.shape[0], -1)[:, source.begin : source.end].long()
-    if lookup.pooling is Pooling.NONE:
-        return functional.embedding(ids, lookup.weight)
-    if lookup.padding_index is None:
-        return functional.embedding_bag(ids, lookup.weight, mode=str(lookup.pooling))
-    # Of few rows, since torch's padding is a row and ours may be the number of rows.
-    few, places = torch.unique(torch.cat([ids.reshape(-1), ids.new_tensor([lookup.padding_index])]), return_inverse=True)
-    table = lookup.weight[few.clamp(max=lookup.weight.shape[0] - 1)]
-    return functional.embedding_bag(places[:-1].view_as(ids), table, mode=str(lookup.pooling), padding_idx=int(places[-1]))
+def _look_up(lookup: Lookup, inputs: Mapping[fx.Node, Tensor]) -> Tensor:
+    source, padding = lookup.source, lookup.padding_index
+    if isinstance(source, Columns):
+        matrix = inputs[source.root]
+        ids = matrix.reshape(matrix.shape[0], -1)[:, source.begin : source.end]
+        return pool_rows(lookup.weight.__getitem__, ids, lookup.pooling, padding_index=padding)
+    return pool_rows(
+        lookup.weight.__getitem__,
+        inputs[source.values],
+        lookup.pooling,
+        padding_index=padding,
+        offsets=inputs[source.offsets],
+        weights=None if source.weights is None else inputs[source.weights],
+        include_last_offset=source.include_last_offset,
+    )
 
 
 def _compare(captured: Captured, found: object, expected: tuple[Tensor, ...], unit: float, what: str) -> float:

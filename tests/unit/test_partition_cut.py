@@ -40,7 +40,7 @@ def captured_dlrm(make: Any) -> Captured:
 
 def decided(make: Any, options: CutOptions) -> Decision:
     captured = captured_dlrm(make)
-    lookups = find_lookups(captured)
+    lookups = find_lookups(captured).lookups
     return decide(captured, lookups, dict.fromkeys(lookups, 2.0), options)
 
 
@@ -191,7 +191,7 @@ def test_a_calibrated_file_is_a_profile(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_random_inputs_are_other_ids_in_other_bags_of_whole_tables() -> None:
     captured = captured_dlrm(multi_hot)
-    lookups = find_lookups(captured)
+    lookups = find_lookups(captured).lookups
     examples, fresh = trials(captured, lookups)
     assert examples is captured
     for lookup, ours, theirs in zip(captured.inputs, fresh.examples, captured.examples, strict=True):
