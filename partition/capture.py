@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
-from sidepool.partition.keyed_jagged import plain_arguments
+from sidepool.partition.exporting import check_operators, export_model, first_lines
+from sidepool.partition.keyed_jagged import PlainArguments, plain_arguments
 from sidepool.partition.normal_form import normalise
 from sidepool.wire.errors import CutError
 from sidepool.wire.model import TensorSpec
@@ -50,6 +49,8 @@ class Captured:
     """What the model itself gives for `examples`."""
     keys: Mapping[fx.Node, str]
     """Inputs that hold the ids of one key of a `KeyedJaggedTensor`: the key."""
+    ask: Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
+    """What the model itself gives for other values of `inputs`; raises whatever the model does."""
 
     def input_specs(self) -> tuple[TensorSpec, ...]:
         """Names, dtypes and shapes of the inputs; sizes that vary are -1."""
@@ -72,46 +73,42 @@ def capture(model: nn.Module, example_inputs: Any) -> Captured:
         raise CutError(f"model: found {type(model).__name__}; allowed: a torch.nn.Module")
     args, kwargs = _arguments(example_inputs)
     with plain_arguments(model, args, kwargs) as plain:
-        return _capture(model, plain.args, plain.kwargs, plain.keys)
+        tree = pytree.tree_structure((plain.args, plain.kwargs))
+
+        def ask(given: Sequence[Tensor]) -> tuple[Tensor, ...]:
+            plain_args, plain_kwargs = pytree.tree_unflatten(given, tree)
+            with plain_arguments(model, args, kwargs), _evaluating(model):
+                return _outputs(model(*plain_args, **plain_kwargs))[1]
+
+        return _capture(model, plain, ask)
 
 
-def _capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], keys: Sequence[str | None]) -> Captured:
+def _capture(model: nn.Module, plain: PlainArguments, ask: Callable[[Sequence[Tensor]], tuple[Tensor, ...]]) -> Captured:
+    args, kwargs, keys = plain.args, plain.kwargs, plain.keys
     examples = tuple(_checked_examples((args, kwargs), keys))
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         if tensor.device.type != "cpu":
             raise CutError(
                 f"model: {name} lies on {tensor.device}; allowed: cpu\nremedy: partition model.cpu(), with example inputs there"
             )
+    with _evaluating(model):
+        names, expected = _outputs(_run(model, args, kwargs))
+        program = export_model(model, args, kwargs)
+    check_operators(program)
+    return _captured(program, examples, names, expected, keys, ask)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode, without gradients; the training mode of every module is restored."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with torch.no_grad():
-            names, expected = _outputs(_run(model, args, kwargs))
-            program = _export(model, args, kwargs)
+            yield
     finally:
         for module, training in modes.items():
             module.training = training
-    return _captured(program, examples, names, expected, keys)
-
-
-@contextmanager
-def quiet_torch() -> Iterator[None]:
-    """Hide deprecations that torch.export and fx raise against torch itself."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=FutureWarning)
-        warnings.filterwarnings("ignore", category=DeprecationWarning)
-        warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\..*")
-        # Recurrent layers put their own weights in place while they are traced.
-        warnings.filterwarnings("ignore", message=r"The tensor attributes .* were assigned during export")
-        yield
-
-
-def source_line(node: fx.Node) -> str:
-    """Where in the model's code a node comes from, for messages: `file:line in function`, as torch recorded it."""
-    trace = str(node.meta.get("stack_trace") or "")
-    places = [line.strip() for line in trace.splitlines() if line.strip().startswith("File ")]
-    outside = [place for place in places if "/torch/" not in place] or places
-    return outside[-1] if outside else "unknown source line"
 
 
 def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -149,34 +146,7 @@ def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
     try:
         return model(*args, **kwargs)
     except Exception as e:
-        raise CutError(f"example inputs: the model itself refuses them: {type(e).__name__}: {_first_lines(e)}") from e
-
-
-def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
-    bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
-    shapes = {name: pytree.tree_map(lambda _: {0: Dim.DYNAMIC}, value) for name, value in bound.items()}
-    try:
-        with quiet_torch():
-            program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
-            if not _writes(program):
-                return program
-            # Functionalised, so that no operator writes into what another one reads; nothing is decomposed.
-            functional: ExportedProgram = program.run_decompositions({})
-            return functional
-    except Exception as e:
-        raise CutError(
-            f"model: torch.export cannot capture it with a varying batch: {type(e).__name__}: {_first_lines(e)}\n"
-            "remedy: no data-dependent control flow, and no batch size fixed as a number in the model's code"
-        ) from e
-
-
-def _writes(program: ExportedProgram) -> bool:
-    """Whether an operator writes into its arguments. To functionalise takes longer than to export where features are many."""
-    operators = (n.target for n in program.graph.nodes if n.op == "call_function")
-    return any(
-        isinstance(o, torch._ops.HigherOrderOperator) or (isinstance(o, torch._ops.OpOverload) and o._schema.is_mutable)
-        for o in operators
-    )
+        raise CutError(f"example inputs: the model itself refuses them: {type(e).__name__}: {first_lines(e)}") from e
 
 
 def _outputs(result: Any) -> tuple[tuple[str, ...], tuple[Tensor, ...]]:
@@ -205,6 +175,7 @@ def _captured(
     names: tuple[str, ...],
     expected: tuple[Tensor, ...],
     keys: Sequence[str | None],
+    ask: Callable[[Sequence[Tensor]], tuple[Tensor, ...]],
 ) -> Captured:
     graph = program.graph
     normalise(graph)
@@ -235,13 +206,9 @@ def _captured(
         if len(shape) == 0 or isinstance(shape[0], int):
             raise CutError(f"model: output {name}: found shape {list(shape)}; allowed: the batch as its first dimension")
     named = {node: key for node, key in zip(inputs, keys, strict=True) if key is not None}
-    return Captured(graph, tuple(inputs), examples, states, frozenset(parameters), outputs, names, expected, named)
+    return Captured(graph, tuple(inputs), examples, states, frozenset(parameters), outputs, names, expected, named, ask)
 
 
 def _spec(name: str, node: fx.Node) -> TensorSpec:
     value = node.meta["val"]
     return TensorSpec(name=name, dtype=DTYPES[value.dtype], shape=tuple(n if isinstance(n, int) else -1 for n in value.shape))
-
-
-def _first_lines(error: Exception) -> str:
-    return " ".join(line.strip() for line in str(error).strip().splitlines()[:3])[:500]

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sidepool.partition.capture import quiet_torch
+from sidepool.partition.exporting import quiet_torch
 from sidepool.partition.lookups import ROW_DTYPES
 from sidepool.partition.reference import pool_rows
 from sidepool.partition.rows import decode

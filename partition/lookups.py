@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from sidepool.partition.capture import Captured, source_line
+from sidepool.partition.capture import Captured
+from sidepool.partition.exporting import source_line
 from sidepool.partition.hand_pooling import apply_mask, find_hand_pooling
 from sidepool.partition.sources import (
     Columns,

@@ -17,6 +17,9 @@ def normalise(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.target is aten.squeeze.default:
             _name_squeezed(node)
+        elif node.target in {aten.view.default, aten._unsafe_view.default}:
+            # Pieces of the pooled matrix are not contiguous where the model's own tensors were.
+            node.target = aten.reshape.default
         replacement = _without_effect(node)
         if replacement is not None:
             node.replace_all_uses_with(replacement)

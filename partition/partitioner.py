@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from sidepool.partition.artifact import check_out_dir, write_artifact
-from sidepool.partition.capture import Captured, capture, quiet_torch
+from sidepool.partition.capture import Captured, capture
 from sidepool.partition.check import Trial
 from sidepool.partition.cut_model import CutOptions, Objective
 from sidepool.partition.cut_report import CutReport
 from sidepool.partition.decision import decide
+from sidepool.partition.exporting import quiet_torch
 from sidepool.partition.lookups import ROW_DTYPES, Jagged, Lookup, feature_names, find_lookups
 from sidepool.partition.planning import make_plan
 from sidepool.partition.profiles import DEFAULT_CPU, DEFAULT_GPU, DEFAULT_LINK

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
-from sidepool.partition.capture import Captured, quiet_torch, source_line
+from sidepool.partition.capture import Captured
+from sidepool.partition.exporting import quiet_torch, source_line
 from sidepool.partition.lookups import Lookup
 from sidepool.partition.pieces import Pieces
 from sidepool.partition.sources import Columns, packet

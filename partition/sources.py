@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from sidepool.partition.capture import Captured, source_line
+from sidepool.partition.capture import Captured
+from sidepool.partition.exporting import source_line
 
 aten = torch.ops.aten
 

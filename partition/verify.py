@@ -8,7 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, fx
 
-from sidepool.partition.capture import Captured, quiet_torch, source_line
+from sidepool.partition.capture import Captured
+from sidepool.partition.exporting import quiet_torch, source_line
 from sidepool.partition.lookups import Lookup
 from sidepool.partition.programs import Cut, cut_programs, example_arguments
 from sidepool.partition.reference import pool_rows

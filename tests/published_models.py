@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 TORCHREC = ("DLRM", "DLRM_DCN", "SimpleDeepFMNN", "weighted")
-DEEPCTR = ("DeepFM", "WDL", "DCN", "DCNMix", "xDeepFM", "AutoInt", "FiBiNET", "NFM", "PNN", "IFM", "DIFM", "ONN", "MLR", "DIN")
+DEEPCTR = ("DeepFM", "WDL", "DCN", "DCNMix", "xDeepFM", "AutoInt", "FiBiNET", "NFM", "PNN", "IFM", "DIFM", "ONN", "MLR", "DIN",
+           "DIEN", "DIEN, attention first")  # fmt: skip
 WIDTH, DENSE = 8, 5
 
 
@@ -75,10 +76,12 @@ def deepctr(name: str) -> Published:
     columns: list[Any] = [SparseFeat(f"c{i}", 20 + i, WIDTH) for i in range(3)] + [DenseFeat("number", 2)]
     poolings = {"sum"}
     if name == "DIN":
-        history = {"length_name": "history_length"}
-        columns = [SparseFeat("user", 20, 4), SparseFeat("item", 20, WIDTH), DenseFeat("number", 2)]
-        columns.append(VarLenSparseFeat(SparseFeat("hist_item", 20, WIDTH, embedding_name="item"), 4, **history))
+        columns = [*_single_and_numbers(), _history()]
         model = models.DIN(columns, ["item"], att_weight_normalization=True)
+        poolings = {"sum", "none"}
+    elif name.startswith("DIEN"):
+        columns = [*_single_and_numbers(), _history()]
+        model = models.DIEN(columns, ["item"], gru_type="GRU" if name == "DIEN" else "AIGRU")
         poolings = {"sum", "none"}
     elif name in ("PNN", "MLR"):
         model = getattr(models, name)(columns)
@@ -93,13 +96,25 @@ def deepctr(name: str) -> Published:
     for parameter in model.parameters():  # the package's own are so small that every output is 0.5
         if parameter.dim() > 1:
             nn.init.normal_(parameter, std=0.3)
-    return Published(
-        model.eval(), lambda batch: (_matrix(columns, batch),), dict.fromkeys(poolings, ""), 2 if name == "DCNMix" else 1
-    )
+    empty = {"history_length"} if name.startswith("DIEN") else set()
+    least = 2 if name == "DCNMix" else 1
+    return Published(model.eval(), lambda batch: (_matrix(columns, batch, empty),), dict.fromkeys(poolings, ""), least)
 
 
-def _matrix(columns: list[Any], batch: int) -> Tensor:
-    """deepctr-torch's only input: ids, numbers and lengths side by side as float32."""
+def _single_and_numbers() -> list[Any]:
+    from deepctr_torch.inputs import DenseFeat, SparseFeat
+
+    return [SparseFeat("user", 20, 4), SparseFeat("item", 20, WIDTH), DenseFeat("number", 2)]
+
+
+def _history() -> Any:
+    from deepctr_torch.inputs import SparseFeat, VarLenSparseFeat
+
+    return VarLenSparseFeat(SparseFeat("hist_item", 20, WIDTH, embedding_name="item"), 4, length_name="history_length")
+
+
+def _matrix(columns: list[Any], batch: int, sometimes_empty: set[str]) -> Tensor:
+    """deepctr-torch's only input: ids, numbers and lengths side by side as float32. Some lengths are 0, never the first."""
     from deepctr_torch.inputs import DenseFeat, VarLenSparseFeat, build_input_features
 
     by_name = {column.name: column for column in columns}
@@ -107,7 +122,9 @@ def _matrix(columns: list[Any], batch: int) -> Tensor:
     for name, (begin, end) in build_input_features(columns).items():
         column, width = by_name.get(name), end - begin
         if column is None:
-            parts.append(torch.randint(1, 5, (batch, 1)))
+            length = torch.randint(1, 5, (batch, 1))
+            length[1::2] *= name not in sometimes_empty
+            parts.append(length)
         elif isinstance(column, DenseFeat):
             parts.append(torch.rand(batch, width))
         elif isinstance(column, VarLenSparseFeat):
