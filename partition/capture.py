@@ -102,7 +102,8 @@ def _capture(model: nn.Module, plain: PlainArguments, ask: Callable[[Sequence[Te
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode, without gradients; the training mode of every module is restored."""
     modes = {module: module.training for module in model.modules()}
-    model.eval()
+    # An exported program refuses to change its mode: its operators have none.
+    nn.Module.train(model, False) if isinstance(model, fx.GraphModule) else model.eval()
     try:
         with torch.no_grad():
             yield
