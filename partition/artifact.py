@@ -16,6 +16,7 @@ import yaml
 from torch import Tensor
 
 from sidepool.partition.check import Trial, check_artifact, write_check
+from sidepool.partition.mapped import is_mapped_file, page_out
 from sidepool.partition.report import PartitionReport
 from sidepool.partition.rows import RowError
 from sidepool.partition.shard_writer import write_shard
@@ -50,7 +51,7 @@ def write_artifact(
     try:
         with replacing(out_dir) as staging:
             save_plan(report.plan, staging / PLAN_FILE)
-            _write_repository(staging / "model_repository" / report.model.name, report, programs, options)
+            _write_repository(staging / "model_repository" / report.model.name, report, programs, options, staging / PLAN_FILE)
             for index in range(len(report.plan.sidecars)):
                 errors |= _write_sidecar(staging, report.plan, index, weights)
             report = replace(report, row_errors=errors)
@@ -88,12 +89,14 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _write_repository(directory: Path, report: PartitionReport, programs: Mapping[str, bytes], options: TritonOptions) -> None:
+def _write_repository(
+    directory: Path, report: PartitionReport, programs: Mapping[str, bytes], options: TritonOptions, plan: Path
+) -> None:
     version = directory / "1"
     version.mkdir(parents=True)
     (directory / "config.pbtxt").write_text(config_text(report.model, options), encoding="utf-8")
     (version / "model.py").write_text(SHIM, encoding="utf-8")
-    save_plan(report.plan, version / PLAN_FILE)
+    shutil.copyfile(plan, version / PLAN_FILE)
     save_model(report.model, version / MODEL_FILE)
     for file, content in programs.items():
         (version / file).write_bytes(content)
@@ -136,4 +139,16 @@ def _write_sidecar(directory: Path, plan: Plan, index: int, weights: Mapping[str
 
 
 def _reader(weight: Tensor) -> Callable[[int, int], Tensor]:
-    return lambda begin, end: weight[begin:end].detach().cpu()
+    """Rows of a table where they lie; of a mapped file, only those that were asked for last stay resident."""
+    rows = weight.detach()
+    if not rows.is_contiguous() or not is_mapped_file(rows):
+        return lambda begin, end: rows[begin:end]
+    previous = rows[:0]
+
+    def read(begin: int, end: int) -> Tensor:
+        nonlocal previous
+        page_out(previous)
+        previous = rows[begin:end]
+        return previous
+
+    return read

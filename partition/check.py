@@ -141,7 +141,7 @@ class _Artifact:
             feature.pooling,
             padding_index=feature.padding_index,
             offsets=given[source.offsets],
-            weights=None if source.weights is None else given[source.weights],
+            weights=None if source.weights is None else given[source.weights].float(),
             include_last_offset=source.include_last_offset,
         )
 

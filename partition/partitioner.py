@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from sidepool.partition.artifact import check_out_dir, write_artifact
@@ -17,7 +16,6 @@ from sidepool.partition.check import Trial
 from sidepool.partition.cut_model import CutOptions, Objective
 from sidepool.partition.cut_report import CutReport
 from sidepool.partition.decision import decide
-from sidepool.partition.exporting import quiet_torch
 from sidepool.partition.lookups import ROW_DTYPES, Jagged, Lookup, feature_names, find_lookups
 from sidepool.partition.planning import make_plan
 from sidepool.partition.profiles import DEFAULT_CPU, DEFAULT_GPU, DEFAULT_LINK
@@ -25,7 +23,7 @@ from sidepool.partition.programs import Cut, cut_programs, program_bytes
 from sidepool.partition.report import PartitionReport
 from sidepool.partition.trials import trials
 from sidepool.partition.triton_config import TritonOptions
-from sidepool.partition.verify import look_up_examples, verify_cut
+from sidepool.partition.verify import verify_cut
 from sidepool.wire.config import decode
 from sidepool.wire.errors import PlanError
 from sidepool.wire.model import DenseProgram, FeatureSource, FixedSource, IndexProgram, JaggedSource, ModelSpec, OutputDtype
@@ -78,7 +76,8 @@ def partition_model(
     cut = cut_programs(captured, decision.lookups)
     own_dtype = ROW_DTYPES[cut.lookups[0].weight.dtype]
     tried = trials(captured, found.lookups)
-    error = max(verify_cut(trial, cut) for trial in tried)
+    verified = [verify_cut(trial, cut) for trial in tried]
+    error = max(difference for difference, _ in verified)
     names = feature_names(cut.lookups)
     ids = {feature: _ids_per_bag(captured, lookup) for feature, lookup in zip(names, cut.lookups, strict=True)}
     plan = _plan(name, cut, names, ids, sidecars, addresses, stored_as or RowFormat(own_dtype), epoch)
@@ -89,15 +88,13 @@ def partition_model(
     chosen = CutReport(decision)
     kept = [*chosen.kept, *found.kept]
     report = PartitionReport(plan, spec, out, ids, len(programs[DENSE_FILE]), error, kept, chosen)
-    recorded = [_recorded(trial, cut, names) for trial in tried]
+    recorded = [_recorded(trial, cut, names, results) for trial, (_, results) in zip(tried, verified, strict=True)]
     return write_artifact(out, report, {x.table: x.weight for x in cut.lookups}, programs, triton or TritonOptions(), recorded)
 
 
-def _recorded(trial: Captured, cut: Cut, names: Sequence[str]) -> Trial:
+def _recorded(trial: Captured, cut: Cut, names: Sequence[str], looked_up: Mapping[Lookup, Tensor]) -> Trial:
     """What the artifact must compute for one trial's inputs."""
     inputs = {str(n.target): value for n, value in zip(trial.inputs, trial.examples, strict=True)}
-    with torch.no_grad(), quiet_torch():
-        looked_up = look_up_examples(trial, cut)
     outputs = dict(zip(trial.output_names, trial.expected, strict=True))
     return inputs, {name: looked_up[x] for name, x in zip(names, cut.lookups, strict=True)}, outputs
 

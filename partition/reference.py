@@ -23,22 +23,26 @@ def pool_rows(
 ) -> Tensor:
     """Rows of `ids`, pooled per bag: `[batch, dim]`, or `[batch, ids, dim]` with pooling none.
 
-    read: the rows `[n, dim]` of ids `[n]`, each asked for once. ids: `[batch, ids per bag]`, or `[nnz]` with `offsets` as
+    read: the rows `[n, dim]` of ids `[n]`. ids: `[batch, ids per bag]`, or `[nnz]` with `offsets` as
     `torch.nn.functional.embedding_bag` takes them, and `weights` per id. padding_index: a row, or no row at all: it is never read.
     """
-    unique, places = torch.unique(ids.long(), return_inverse=True)
-    readable = unique if unique.numel() else unique.new_zeros(1)
+    flat = ids.reshape(-1).long()
     if pooling is Pooling.NONE:
-        return functional.embedding(places, read(readable))
-    padded = (unique == padding_index).nonzero().flatten().tolist() if padding_index is not None else []
-    # Any other row in its place, since it is passed over.
-    rows = read(readable.masked_fill(readable == padding_index, 0) if padded else readable)
+        rows = read(flat)
+        return rows.view(*ids.shape, rows.shape[1])
+    places, padding = torch.arange(flat.numel()), None
+    if padding_index is not None:
+        padded = flat == padding_index
+        if bool(padded.any()):
+            padding = int(padded.int().argmax())
+            # Any other row in their place, since it is passed over.
+            flat, places = flat.masked_fill(padded, 0), places.masked_fill(padded, padding)
     return functional.embedding_bag(
-        places,
-        rows,
+        places.view_as(ids),
+        read(flat if flat.numel() else flat.new_zeros(1)),
         None if offsets is None else offsets.long(),
         mode=str(pooling),
-        per_sample_weights=None if weights is None else weights.to(rows.dtype),
+        per_sample_weights=weights,
         include_last_offset=include_last_offset,
-        padding_idx=padded[0] if padded else None,
+        padding_idx=padding,
     )

@@ -22,8 +22,10 @@ RELATIVE, ABSOLUTE = 1e-4, 1e-5
 ROUNDINGS = 4
 
 
-def verify_cut(captured: Captured, cut: Cut) -> float:
-    """Largest absolute difference of the cut's outputs from the model's own; raises `CutError` where it is not rounding.
+def verify_cut(captured: Captured, cut: Cut) -> tuple[float, dict[Lookup, Tensor]]:
+    """Largest absolute difference of the cut's outputs from the model's own, and the results of the lookups.
+
+    Raises `CutError` where the difference is not rounding.
 
     Also checks that a batch of one gives the first sample's outputs: Triton merges requests, so samples must not mix.
     """
@@ -44,7 +46,7 @@ def verify_cut(captured: Captured, cut: Cut) -> float:
         expected = tuple(value[:1] for value in captured.expected)
         what = "the first sample alone scores differently: the model mixes the samples of a batch"
         _compare(captured, first, expected, unit, what)
-    return worst
+    return worst, looked_up
 
 
 def first_difference(captured: Captured, cut: Cut, unit: float) -> str:
