@@ -5,6 +5,8 @@ Everything is written into a sibling directory, synced, and renamed into place: 
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -65,20 +67,43 @@ def write_artifact(
 
 @contextmanager
 def replacing(out_dir: Path) -> Iterator[Path]:
-    """A staging directory beside `out_dir` that takes its place at the end, or vanishes on any error."""
+    """A staging directory beside `out_dir` that takes its place at the end, or vanishes on any error.
+
+    It is locked while it is written, so that what a killed process left can be told from what another one is writing.
+    """
     out_dir.parent.mkdir(parents=True, exist_ok=True)
+    for left in out_dir.parent.glob(f".{glob.escape(out_dir.name)}.*.partial"):
+        with _locked(left) as ours:
+            if ours:
+                shutil.rmtree(left, ignore_errors=True)
     staging = out_dir.parent / f".{out_dir.name}.{os.getpid()}.partial"
     staging.mkdir()
     try:
-        yield staging
-        for folder, _, files in os.walk(staging):
-            for path in (*(Path(folder, file) for file in files), Path(folder)):
-                _sync(path)
-        check_out_dir(out_dir)
-        os.rename(staging, out_dir)  # replaces an empty directory
-        _sync(out_dir.parent)
+        with _locked(staging):
+            yield staging
+            for folder, _, files in os.walk(staging):
+                for path in (*(Path(folder, file) for file in files), Path(folder)):
+                    _sync(path)
+            check_out_dir(out_dir)
+            os.rename(staging, out_dir)  # replaces an empty directory
+            _sync(out_dir.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[bool]:
+    """Whether this process got the directory's lock, which it then holds; processes that end lose theirs."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locked = True
+        except BlockingIOError:
+            locked = False
+        yield locked
+    finally:
+        os.close(descriptor)
 
 
 def _sync(path: Path) -> None:
