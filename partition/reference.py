@@ -30,6 +30,8 @@ def pool_rows(
     if pooling is Pooling.NONE:
         rows = read(flat)
         return rows.view(*ids.shape, rows.shape[1])
+    if offsets is None and padding_index is None and ids.shape[1:] == (1,):
+        return read(flat)  # the row itself, whatever the pooling
     places, padding = torch.arange(flat.numel()), None
     if padding_index is not None:
         padded = flat == padding_index
