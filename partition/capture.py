@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from inspect import signature
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
-from sidepool.partition.exporting import check_operators, export_model, first_lines
+from sidepool.partition.exporting import export_model, first_lines
 from sidepool.partition.keyed_jagged import PlainArguments, plain_arguments
 from sidepool.partition.normal_form import normalise
 from sidepool.wire.errors import CutError
@@ -51,6 +52,8 @@ class Captured:
     """Inputs that hold the ids of one key of a `KeyedJaggedTensor`: the key."""
     ask: Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
     """What the model itself gives for other values of `inputs`; raises whatever the model does."""
+    unread: tuple[str, ...] = ()
+    """Tables that nothing looks up: they are no part of what is served."""
 
     def input_specs(self) -> tuple[TensorSpec, ...]:
         """Names, dtypes and shapes of the inputs; sizes that vary are -1."""
@@ -94,8 +97,23 @@ def _capture(model: nn.Module, plain: PlainArguments, ask: Callable[[Sequence[Te
     with _evaluating(model):
         names, expected = _outputs(_run(model, args, kwargs))
         program = export_model(model, args, kwargs)
-    check_operators(program)
-    return _captured(program, examples, names, expected, keys, ask)
+    captured = _captured(program, examples, names, expected, keys, ask)
+    unread = tuple(_unread_tables(model, captured))
+    left_out = [p.name for p in signature(model.forward).parameters.values() if p.default is not p.empty]
+    left_out = [name for name in left_out if name not in signature(model.forward).bind(*args, **kwargs).arguments]
+    if unread and left_out:
+        raise CutError(
+            f"example inputs: do not reach the table {unread[0]}, and leave out {', '.join(left_out)}; allowed: examples that look "
+            "up every table\nremedy: give what is left out, or take the table out of the model"
+        )
+    return replace(captured, unread=unread)
+
+
+def _unread_tables(model: nn.Module, captured: Captured) -> Iterator[str]:
+    read = {value.data_ptr() for node, (_, value) in captured.states.items() if node.users}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.weight.data_ptr() not in read:
+            yield name
 
 
 @contextmanager

@@ -24,6 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", help="name of the Triton model (default: that of the function, file or directory)")
     parser.add_argument("--sidecars", type=int, default=2, metavar="N", help="number of sidecars (default: 2)")
     parser.add_argument(
+        "--sidecar-bytes", type=_positive, metavar="N", help="memory that each sidecar has for rows (default: not checked)"
+    )
+    parser.add_argument(
         "--address",
         action="append",
         metavar="HOST:PORT",
@@ -123,6 +126,7 @@ def _partition(args: argparse.Namespace) -> int:
         epoch=args.epoch,
         triton=TritonOptions(max_batch=args.max_batch, instance_kind=args.instance_kind, lane=args.lane),
         gpu_table_bytes=args.gpu_table_bytes,
+        sidecar_bytes=args.sidecar_bytes,
         **{k: v for k in ("link", "objective", "cpu", "gpu") if (v := getattr(args, k)) is not None},
     )
     print(report.text, end="")

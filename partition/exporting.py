@@ -66,6 +66,7 @@ def export_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], varying: Any = Dim.DYNAMIC) -> ExportedProgram:
     bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
     shapes = {name: pytree.tree_map(lambda _: {0: varying}, value) for name, value in bound.items()}
+    args, kwargs = _apart(args, kwargs)
     # Where it fails, torch prints the whole graph.
     with quiet_torch(), redirect_stderr(io.StringIO()):
         program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
@@ -74,6 +75,19 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], var
         # Functionalised, so that no operator writes into what another one reads; nothing is decomposed.
         functional: ExportedProgram = program.run_decompositions({})
         return functional
+
+
+def _apart(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments, a tensor that is given twice as two: torch.export takes it for one input."""
+    seen: set[int] = set()
+
+    def own(value: Any) -> Any:
+        again = id(value) in seen
+        seen.add(id(value))
+        return value.clone() if again and isinstance(value, Tensor) else value
+
+    found: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(own, (args, kwargs))
+    return found
 
 
 def _writes(program: ExportedProgram) -> bool:
@@ -126,9 +140,9 @@ def _fixed_size(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     return None
 
 
-def check_operators(program: ExportedProgram) -> None:
+def check_operators(graph: torch.fx.Graph) -> None:
     """Raise `CutError` for an operator that torch does not bring: the ranker could not load a program that has it."""
-    for node in program.graph.nodes:
+    for node in graph.nodes:
         namespace = getattr(node.target, "namespace", None)
         if node.op == "call_function" and namespace is not None and namespace not in KNOWN_NAMESPACES:
             raise CutError(

@@ -16,8 +16,9 @@ from sidepool.partition.check import Trial
 from sidepool.partition.cut_model import CutOptions, Objective
 from sidepool.partition.cut_report import CutReport
 from sidepool.partition.decision import decide
+from sidepool.partition.exporting import check_operators
 from sidepool.partition.lookups import ROW_DTYPES, Jagged, Lookup, feature_names, find_lookups
-from sidepool.partition.planning import make_plan
+from sidepool.partition.planning import check_memory, make_plan
 from sidepool.partition.profiles import DEFAULT_CPU, DEFAULT_GPU, DEFAULT_LINK
 from sidepool.partition.programs import Cut, cut_programs, program_bytes
 from sidepool.partition.report import PartitionReport
@@ -51,6 +52,7 @@ def partition_model(
     cpu: str = DEFAULT_CPU,
     gpu: str = DEFAULT_GPU,
     gpu_table_bytes: int = 0,
+    sidecar_bytes: int | None = None,
 ) -> PartitionReport:
     """Cut `model` into lookups and a dense program and write the artifact into `out_dir` (new or empty).
 
@@ -62,7 +64,8 @@ def partition_model(
     link, cpu, gpu: hardware profiles that the cut is costed for (docs/partition.md); cpu and gpu may be calibrated files.
     objective: what the cut makes least: a request's latency, work per request (throughput), or the GPU's share of it (gpu_cost).
     gpu_table_bytes: tables of up to so many bytes in all may stay with the dense program where that is cheaper.
-    Raises `CutError` (model, inputs, output directory) and `PlanError` (names, sidecars, addresses).
+    sidecar_bytes: memory that each sidecar has for rows; default: not checked.
+    Raises `CutError` (model, inputs, output directory) and `PlanError` (names, sidecars, addresses, memory).
     """
     out = Path(out_dir)
     if not _MODEL_NAME.fullmatch(name):
@@ -71,6 +74,7 @@ def partition_model(
     check_out_dir(out)
     captured = capture(model, example_inputs)
     found = find_lookups(captured)
+    check_operators(captured.graph)
     options = CutOptions(link, objective, cpu, gpu, gpu_table_bytes, sidecars)
     decision = decide(captured, found.lookups, {x: _ids_per_bag(captured, x) for x in found.lookups}, options)
     cut = cut_programs(captured, decision.lookups)
@@ -81,12 +85,14 @@ def partition_model(
     names = feature_names(cut.lookups)
     ids = {feature: _ids_per_bag(captured, lookup) for feature, lookup in zip(names, cut.lookups, strict=True)}
     plan = _plan(name, cut, names, ids, sidecars, addresses, stored_as or RowFormat(own_dtype), epoch)
+    check_memory(plan, sidecar_bytes)
     spec = _spec(name, captured, cut, names, own_dtype)
     programs = {DENSE_FILE: program_bytes(cut.dense)}
     if cut.index is not None:
         programs[INDEX_FILE] = program_bytes(cut.index)
     chosen = CutReport(decision)
-    kept = [*chosen.kept, *found.kept]
+    unread = [f"table {name}: nothing looks it up, it is left out" for name in captured.unread]
+    kept = [*chosen.kept, *found.kept, *unread]
     report = PartitionReport(plan, spec, out, ids, len(programs[DENSE_FILE]), error, kept, chosen)
     recorded = [_recorded(trial, cut, names, results) for trial, (_, results) in zip(tried, verified, strict=True)]
     return write_artifact(out, report, {x.table: x.weight for x in cut.lookups}, programs, triton or TritonOptions(), recorded)

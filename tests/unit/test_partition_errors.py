@@ -216,6 +216,33 @@ def test_more_sidecars_than_tables_are_refused(tmp_path: Path, sidecars: int) ->
     refused(tmp_path, Small(), IDS, f"sidecars: found {sidecars}; allowed: 1 to 1", PlanError, sidecars=sidecars)
 
 
+class Optional(nn.Module):
+    """A table that is looked up only where an input is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.more = nn.Embedding(10, 4), nn.Embedding(100, 4)
+
+    def forward(self, ids: Tensor, more: Tensor | None = None) -> Tensor:
+        return self.table(ids) if more is None else self.table(ids) + self.more(more)
+
+
+def test_examples_that_do_not_reach_a_table_are_refused(tmp_path: Path) -> None:
+    refused(tmp_path, Optional(), IDS, r"(?s)do not reach the table more, and leave out more; .*remedy: give what is left out")
+
+
+@pytest.mark.parametrize(
+    ("allowed", "match"),
+    [
+        (1599, r"(?s)found 1599; sidecar-0 needs 1600.*remedy: a narrower row_format: the largest table alone needs more"),
+        (1700, r"(?s)found 1700; sidecar-0 needs 1760 .*remedy: more sidecars \(at least 2\), or a narrower row_format"),
+    ],
+)
+def test_a_plan_that_needs_more_memory_than_a_sidecar_has_is_refused(tmp_path: Path, allowed: int, match: str) -> None:
+    refused(tmp_path, Optional(), (IDS, IDS), match, PlanError, sidecar_bytes=allowed, sidecars=2 if allowed < 1600 else 1)
+    partition_model(Optional(), (IDS, IDS), tmp_path / "out", name="m", sidecars=2, sidecar_bytes=1600)
+
+
 @pytest.mark.parametrize(
     ("addresses", "match"),
     [

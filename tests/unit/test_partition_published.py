@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from published_models import DEEPCTR, TORCHREC, Published, deepctr, torchrec
+from published_models import DEEPCTR, TORCHREC, Published, deepctr, keyed, torchrec
 
 from sidepool.client import Pipeline
 from sidepool.partition import PartitionReport, partition_model
@@ -71,3 +71,23 @@ def test_a_keyed_jagged_tensor_of_several_batch_sizes_is_refused(tmp_path: Path)
     partition_model(published.model, published.make(4), tmp_path / "good", name="m")
     with Pipeline.open(tmp_path / "good") as pipeline, pytest.raises(LookupRejected, match="found a batch size per key"):
         pipeline(dense, ragged)
+
+
+def test_rows_of_a_keyed_jagged_tensor_that_are_not_pooled_are_refused(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pytest.importorskip("torchrec", reason="torchrec is not installed", exc_type=ImportError)
+        from torchrec.modules.embedding_configs import EmbeddingConfig
+        from torchrec.modules.embedding_modules import EmbeddingCollection
+
+    class Sequences(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            table = EmbeddingConfig(name="t", embedding_dim=8, num_embeddings=20, feature_names=["f0"])
+            self.tables = EmbeddingCollection(tables=[table])
+
+        def forward(self, keyed: Any) -> Any:
+            return self.tables(keyed)["f0"].to_padded_dense(5).sum(1)
+
+    with pytest.raises(CutError, match=r"(?s)rows of a KeyedJaggedTensor that are not pooled.*remedy: give sequences as a matrix"):
+        partition_model(Sequences(), (keyed(4),), tmp_path / "out", name="m", sidecars=1)
