@@ -55,7 +55,7 @@ def export_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         return _export(model, args, kwargs)
     except Exception as e:
         with all_samples(model) as masks:
-            if _chooses_as_it_should(model, args, kwargs, masks):
+            if _chooses_samples(model, args, kwargs, masks):
                 try:
                     return _export(model, args, kwargs)
                 except Exception as again:
@@ -99,8 +99,8 @@ def _writes(program: ExportedProgram) -> bool:
     )
 
 
-def _chooses_as_it_should(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], masks: list[Tensor]) -> bool:
-    """Whether the model chooses samples, and computes the same where it computes all. `masks` are those of the call here."""
+def _chooses_samples(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], masks: list[Tensor]) -> bool:
+    """Whether the model chooses samples, and gets through where it is given all. `masks` are those of the call here."""
     try:
         found = model(*args, **kwargs)
     except CutError:
