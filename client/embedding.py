@@ -156,7 +156,10 @@ class EmbeddingClient:
             sidecars=len(self._peers),
             spin_us=spin_us,
             degrade=self._degrades,
-            rows=np.array([t.rows for t in plan.feature_tables], np.int64),
+            # An id that is nothing but padding lies behind the last row.
+            rows=np.array(
+                [t.rows + (f.padding_index == t.rows) for f, t in zip(plan.features, plan.feature_tables, strict=True)], np.int64
+            ),
             dims=np.array([t.dim for t in plan.feature_tables], np.int32),
             poolings=[str(f.pooling) for f in plan.features],
             weighted=[f.weighted for f in plan.features],

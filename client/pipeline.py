@@ -11,6 +11,7 @@ from sidepool.client.embedding import DEFAULT_DEADLINE_MS, EmbeddingClient
 from sidepool.client.index_program import FeatureRouter
 from sidepool.client.lanes import Lane
 from sidepool.wire.errors import ConfigError, LookupRejected
+from sidepool.wire.keyed_jagged import is_keyed_jagged, plain_tensors
 from sidepool.wire.model import MODEL_FILE, PLAN_FILE, ModelSpec, TensorSpec, load_model
 from sidepool.wire.plan import load_plan
 
@@ -48,11 +49,13 @@ class Pipeline:
         self._dense = dense
 
     def __call__(self, *inputs: Any, deadline_ms: float = DEFAULT_DEADLINE_MS, **named_inputs: Any) -> Tensor | tuple[Tensor, ...]:
-        """The model's outputs: a tensor, or a tuple of several. Inputs as the original model takes them, tensors nested
-        in lists, tuples or dicts included. Raises `LookupRejected` and whatever a lookup raises."""
+        """The model's outputs: a tensor, or a tuple of several. Inputs as the original model takes them, tensors nested in
+        lists, tuples, dicts or TorchRec's `KeyedJaggedTensor` included. Raises `LookupRejected` and whatever a lookup raises."""
         from torch.utils import _pytree
 
-        leaves, _ = _pytree.tree_flatten((inputs, named_inputs))
+        leaves, tree = _pytree.tree_flatten((inputs, named_inputs), is_leaf=is_keyed_jagged)
+        plain = [plain_tensors(leaf) if is_keyed_jagged(leaf) else leaf for leaf in leaves]
+        leaves = _pytree.tree_leaves(_pytree.tree_unflatten(plain, tree))
         if len(leaves) != len(self.model.inputs):
             raise LookupRejected(f"inputs: found {len(leaves)} tensors; allowed: {', '.join(t.name for t in self.model.inputs)}")
         tensors = {spec.name: _checked(leaf, spec) for leaf, spec in zip(leaves, self.model.inputs, strict=True)}

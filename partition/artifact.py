@@ -5,6 +5,8 @@ Everything is written into a sibling directory, synced, and renamed into place: 
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +18,7 @@ import yaml
 from torch import Tensor
 
 from sidepool.partition.check import Trial, check_artifact, write_check
+from sidepool.partition.mapped import is_mapped_file, page_out
 from sidepool.partition.report import PartitionReport
 from sidepool.partition.rows import RowError
 from sidepool.partition.shard_writer import write_shard
@@ -50,7 +53,7 @@ def write_artifact(
     try:
         with replacing(out_dir) as staging:
             save_plan(report.plan, staging / PLAN_FILE)
-            _write_repository(staging / "model_repository" / report.model.name, report, programs, options)
+            _write_repository(staging / "model_repository" / report.model.name, report, programs, options, staging / PLAN_FILE)
             for index in range(len(report.plan.sidecars)):
                 errors |= _write_sidecar(staging, report.plan, index, weights)
             report = replace(report, row_errors=errors)
@@ -64,20 +67,43 @@ def write_artifact(
 
 @contextmanager
 def replacing(out_dir: Path) -> Iterator[Path]:
-    """A staging directory beside `out_dir` that takes its place at the end, or vanishes on any error."""
+    """A staging directory beside `out_dir` that takes its place at the end, or vanishes on any error.
+
+    It is locked while it is written, so that what a killed process left can be told from what another one is writing.
+    """
     out_dir.parent.mkdir(parents=True, exist_ok=True)
+    for left in out_dir.parent.glob(f".{glob.escape(out_dir.name)}.*.partial"):
+        with _locked(left) as ours:
+            if ours:
+                shutil.rmtree(left, ignore_errors=True)
     staging = out_dir.parent / f".{out_dir.name}.{os.getpid()}.partial"
     staging.mkdir()
     try:
-        yield staging
-        for folder, _, files in os.walk(staging):
-            for path in (*(Path(folder, file) for file in files), Path(folder)):
-                _sync(path)
-        check_out_dir(out_dir)
-        os.rename(staging, out_dir)  # replaces an empty directory
-        _sync(out_dir.parent)
+        with _locked(staging):
+            yield staging
+            for folder, _, files in os.walk(staging):
+                for path in (*(Path(folder, file) for file in files), Path(folder)):
+                    _sync(path)
+            check_out_dir(out_dir)
+            os.rename(staging, out_dir)  # replaces an empty directory
+            _sync(out_dir.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[bool]:
+    """Whether this process got the directory's lock, which it then holds; processes that end lose theirs."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locked = True
+        except BlockingIOError:
+            locked = False
+        yield locked
+    finally:
+        os.close(descriptor)
 
 
 def _sync(path: Path) -> None:
@@ -88,12 +114,14 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _write_repository(directory: Path, report: PartitionReport, programs: Mapping[str, bytes], options: TritonOptions) -> None:
+def _write_repository(
+    directory: Path, report: PartitionReport, programs: Mapping[str, bytes], options: TritonOptions, plan: Path
+) -> None:
     version = directory / "1"
     version.mkdir(parents=True)
     (directory / "config.pbtxt").write_text(config_text(report.model, options), encoding="utf-8")
     (version / "model.py").write_text(SHIM, encoding="utf-8")
-    save_plan(report.plan, version / PLAN_FILE)
+    shutil.copyfile(plan, version / PLAN_FILE)
     save_model(report.model, version / MODEL_FILE)
     for file, content in programs.items():
         (version / file).write_bytes(content)
@@ -136,4 +164,16 @@ def _write_sidecar(directory: Path, plan: Plan, index: int, weights: Mapping[str
 
 
 def _reader(weight: Tensor) -> Callable[[int, int], Tensor]:
-    return lambda begin, end: weight[begin:end].detach().cpu()
+    """Rows of a table where they lie; of a mapped file, only those that were asked for last stay resident."""
+    rows = weight.detach()
+    if not rows.is_contiguous() or not is_mapped_file(rows):
+        return lambda begin, end: rows[begin:end]
+    previous = rows[:0]
+
+    def read(begin: int, end: int) -> Tensor:
+        nonlocal previous
+        page_out(previous)
+        previous = rows[begin:end]
+        return previous
+
+    return read

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
+from sidepool.partition.exporting import export_model, first_lines
+from sidepool.partition.keyed_jagged import PlainArguments, plain_arguments
+from sidepool.partition.normal_form import normalise
 from sidepool.wire.errors import CutError
 from sidepool.wire.model import TensorSpec
 
@@ -46,6 +48,12 @@ class Captured:
     output_names: tuple[str, ...]
     expected: tuple[Tensor, ...]
     """What the model itself gives for `examples`."""
+    keys: Mapping[fx.Node, str]
+    """Inputs that hold the ids of one key of a `KeyedJaggedTensor`: the key."""
+    ask: Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
+    """What the model itself gives for other values of `inputs`; raises whatever the model does."""
+    unread: tuple[str, ...] = ()
+    """Tables that nothing looks up: they are no part of what is served."""
 
     def input_specs(self) -> tuple[TensorSpec, ...]:
         """Names, dtypes and shapes of the inputs; sizes that vary are -1."""
@@ -59,47 +67,67 @@ class Captured:
 def capture(model: nn.Module, example_inputs: Any) -> Captured:
     """Export `model`; its training mode is restored afterwards.
 
-    example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments; lists and dicts may be nested in
-    them. Every tensor's first dimension (batch, or ids of a jagged feature) must be at least 2.
+    example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments; lists, dicts and TorchRec's
+    `KeyedJaggedTensor` may be nested in them. Every tensor's first dimension (batch, or ids of a jagged feature) must be at
+    least 2.
     Raises `CutError` where inputs or model cannot be captured.
     """
     if not isinstance(model, nn.Module):
         raise CutError(f"model: found {type(model).__name__}; allowed: a torch.nn.Module")
     args, kwargs = _arguments(example_inputs)
-    examples = tuple(_checked_examples((args, kwargs)))
+    with plain_arguments(model, args, kwargs) as plain:
+        tree = pytree.tree_structure((plain.args, plain.kwargs))
+
+        def ask(given: Sequence[Tensor]) -> tuple[Tensor, ...]:
+            plain_args, plain_kwargs = pytree.tree_unflatten(given, tree)
+            with plain_arguments(model, args, kwargs), _evaluating(model):
+                return _outputs(model(*plain_args, **plain_kwargs))[1]
+
+        return _capture(model, plain, ask)
+
+
+def _capture(model: nn.Module, plain: PlainArguments, ask: Callable[[Sequence[Tensor]], tuple[Tensor, ...]]) -> Captured:
+    args, kwargs, keys = plain.args, plain.kwargs, plain.keys
+    examples = tuple(_checked_examples((args, kwargs), keys))
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         if tensor.device.type != "cpu":
             raise CutError(
                 f"model: {name} lies on {tensor.device}; allowed: cpu\nremedy: partition model.cpu(), with example inputs there"
             )
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            names, expected = _outputs(_run(model, args, kwargs))
-            program = _export(model, args, kwargs)
-    finally:
-        for module, training in modes.items():
-            module.training = training
-    return _captured(program, examples, names, expected)
+    with _evaluating(model):
+        names, expected = _outputs(_run(model, args, kwargs))
+        program = export_model(model, args, kwargs)
+    captured = _captured(program, examples, names, expected, keys, ask)
+    unread = tuple(_unread_tables(model, captured))
+    left_out = [p.name for p in signature(model.forward).parameters.values() if p.default is not p.empty]
+    left_out = [name for name in left_out if name not in signature(model.forward).bind(*args, **kwargs).arguments]
+    if unread and left_out:
+        raise CutError(
+            f"example inputs: do not reach the table {unread[0]}, and leave out {', '.join(left_out)}; allowed: examples that look "
+            "up every table\nremedy: give what is left out, or take the table out of the model"
+        )
+    return replace(captured, unread=unread)
+
+
+def _unread_tables(model: nn.Module, captured: Captured) -> Iterator[str]:
+    read = {value.data_ptr() for node, (_, value) in captured.states.items() if node.users}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.weight.data_ptr() not in read:
+            yield name
 
 
 @contextmanager
-def quiet_torch() -> Iterator[None]:
-    """Hide deprecations that torch.export and fx raise against torch itself."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=FutureWarning)
-        warnings.filterwarnings("ignore", category=DeprecationWarning)
-        warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\..*")
-        yield
-
-
-def source_line(node: fx.Node) -> str:
-    """Where in the model's code a node comes from, for messages: `file:line in function`, as torch recorded it."""
-    trace = str(node.meta.get("stack_trace") or "")
-    places = [line.strip() for line in trace.splitlines() if line.strip().startswith("File ")]
-    outside = [place for place in places if "/torch/" not in place] or places
-    return outside[-1] if outside else "unknown source line"
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode, without gradients; the training mode of every module is restored."""
+    modes = {module: module.training for module in model.modules()}
+    # An exported program refuses to change its mode: its operators have none.
+    nn.Module.train(model, False) if isinstance(model, fx.GraphModule) else model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -115,12 +143,12 @@ def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     )
 
 
-def _checked_examples(arguments: Any) -> Iterator[Tensor]:
+def _checked_examples(arguments: Any, keys: Sequence[str | None]) -> Iterator[Tensor]:
     leaves, _ = pytree.tree_flatten(arguments)
     if not leaves:
         raise CutError("example inputs: found none; allowed: at least one tensor")
-    for position, leaf in enumerate(leaves):
-        where = f"example inputs: tensor {position}"
+    for position, (leaf, key) in enumerate(zip(leaves, keys, strict=True)):
+        where = f"example inputs: tensor {position}" if key is None else f"example inputs: ids of {key!r}"
         if not isinstance(leaf, Tensor):
             raise CutError(f"{where}: found {leaf!r}; allowed: tensors only (fix constants inside the model)")
         if leaf.device.type != "cpu":
@@ -137,23 +165,7 @@ def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
     try:
         return model(*args, **kwargs)
     except Exception as e:
-        raise CutError(f"example inputs: the model itself refuses them: {type(e).__name__}: {_first_lines(e)}") from e
-
-
-def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
-    bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
-    shapes = {name: pytree.tree_map(lambda _: {0: Dim.DYNAMIC}, value) for name, value in bound.items()}
-    try:
-        with quiet_torch():
-            program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
-            # Functionalised, so that no operator writes into what another one reads; nothing is decomposed.
-            functional: ExportedProgram = program.run_decompositions({})
-            return functional
-    except Exception as e:
-        raise CutError(
-            f"model: torch.export cannot capture it with a varying batch: {type(e).__name__}: {_first_lines(e)}\n"
-            "remedy: no data-dependent control flow, and no batch size fixed as a number in the model's code"
-        ) from e
+        raise CutError(f"example inputs: the model itself refuses them: {type(e).__name__}: {first_lines(e)}") from e
 
 
 def _outputs(result: Any) -> tuple[tuple[str, ...], tuple[Tensor, ...]]:
@@ -177,9 +189,15 @@ def _outputs(result: Any) -> tuple[tuple[str, ...], tuple[Tensor, ...]]:
 
 
 def _captured(
-    program: ExportedProgram, examples: tuple[Tensor, ...], names: tuple[str, ...], expected: tuple[Tensor, ...]
+    program: ExportedProgram,
+    examples: tuple[Tensor, ...],
+    names: tuple[str, ...],
+    expected: tuple[Tensor, ...],
+    keys: Sequence[str | None],
+    ask: Callable[[Sequence[Tensor]], tuple[Tensor, ...]],
 ) -> Captured:
     graph = program.graph
+    normalise(graph)
     nodes = {node.name: node for node in graph.nodes}
     for output in program.graph_signature.output_specs:
         if output.kind is not OutputKind.USER_OUTPUT:
@@ -201,18 +219,15 @@ def _captured(
         states[node] = (target, value)
         if spec.kind is InputKind.PARAMETER:
             parameters.add(node)
-    outputs = tuple(nodes[spec.arg.name] for spec in program.graph_signature.output_specs)
+    outputs = tuple(graph.output_node().args[0])
     for name, node in zip(names, outputs, strict=True):
         shape = node.meta["val"].shape
         if len(shape) == 0 or isinstance(shape[0], int):
             raise CutError(f"model: output {name}: found shape {list(shape)}; allowed: the batch as its first dimension")
-    return Captured(graph, tuple(inputs), examples, states, frozenset(parameters), outputs, names, expected)
+    named = {node: key for node, key in zip(inputs, keys, strict=True) if key is not None}
+    return Captured(graph, tuple(inputs), examples, states, frozenset(parameters), outputs, names, expected, named, ask)
 
 
 def _spec(name: str, node: fx.Node) -> TensorSpec:
     value = node.meta["val"]
     return TensorSpec(name=name, dtype=DTYPES[value.dtype], shape=tuple(n if isinstance(n, int) else -1 for n in value.shape))
-
-
-def _first_lines(error: Exception) -> str:
-    return " ".join(line.strip() for line in str(error).strip().splitlines()[:3])[:500]

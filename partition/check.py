@@ -7,6 +7,7 @@ the files, with torch alone: rows out of the shards, `index.pt2`, `dense.pt2`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.nn import functional
 
-from sidepool.partition.capture import quiet_torch
+from sidepool.partition.exporting import quiet_torch
 from sidepool.partition.lookups import ROW_DTYPES
+from sidepool.partition.reference import pool_rows
 from sidepool.partition.rows import decode
 from sidepool.partition.verify import same_within_rounding
 from sidepool.wire.errors import CutError, PlanError
@@ -129,36 +130,30 @@ class _Artifact:
         return looked_up, dict(zip((t.name for t in self.model.outputs), outputs, strict=True))
 
     def _look_up(self, feature: Feature, source: FixedSource | JaggedSource, given: Mapping[str, Tensor]) -> Tensor:
+        read = partial(self._rows, feature.table)
         if isinstance(source, FixedSource):
             ids = given[source.input]
-            ids = ids.reshape(ids.shape[0], -1)[:, source.begin : source.end].long()
-            rows, local = self._rows(feature.table, ids)
-            if feature.pooling is Pooling.NONE:
-                return functional.embedding(local, rows)
-            return functional.embedding_bag(local, rows, mode=feature.pooling, padding_idx=_padding(feature, ids, local))
-        ids = given[source.values].long()
-        rows, local = self._rows(feature.table, ids)
-        return functional.embedding_bag(
-            local,
-            rows,
-            given[source.offsets].long(),
-            mode=feature.pooling,
-            per_sample_weights=None if source.weights is None else given[source.weights].float(),
+            ids = ids.reshape(ids.shape[0], -1)[:, source.begin : source.end]
+            return pool_rows(read, ids, feature.pooling, padding_index=feature.padding_index)
+        return pool_rows(
+            read,
+            given[source.values],
+            feature.pooling,
+            padding_index=feature.padding_index,
+            offsets=given[source.offsets],
+            weights=None if source.weights is None else given[source.weights].float(),
             include_last_offset=source.include_last_offset,
-            padding_idx=_padding(feature, ids, local),
         )
 
-    def _rows(self, table: str, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """The rows that `ids` name, as float32, and `ids` as indices into them."""
+    def _rows(self, table: str, ids: Tensor) -> Tensor:
+        """The rows of `ids`, as float32."""
         shard, path, offset = self.shards[table]
-        unique, local = torch.unique(ids, return_inverse=True)
         row_bytes = shard.row_format.row_bytes(shard.dim)
         content = torch.from_file(str(path), size=offset + shard.bytes, dtype=torch.uint8)[offset:]
-        stored = content.view(shard.rows, row_bytes)[unique].clone(memory_format=torch.contiguous_format)
+        stored = content.view(shard.rows, row_bytes)[ids].clone(memory_format=torch.contiguous_format)
         if not shard.row_format.quantised:
             stored = stored.view(_STORED[shard.row_format])
-        rows = decode(stored, shard.row_format, shard.dim)
-        return (rows, local) if len(rows) else (torch.zeros(1, shard.dim), local)
+        return decode(stored, shard.row_format, shard.dim)
 
     def _program(self, file: str) -> Any:
         if file not in self._programs:
@@ -167,9 +162,3 @@ class _Artifact:
             except Exception as e:  # torch raises whatever its parsers do
                 raise CutError(f"{self.version / file}: cannot be loaded: {type(e).__name__}: {str(e)[:300]}") from e
         return self._programs[file]
-
-
-def _padding(feature: Feature, ids: Tensor, local: Tensor) -> int | None:
-    """The padding index among the rows that were read; None where no id is padding."""
-    found = local[ids == feature.padding_index] if feature.padding_index is not None else local[:0]
-    return int(found.reshape(-1)[0]) if found.numel() else None

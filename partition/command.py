@@ -1,20 +1,12 @@
-"""`sidepool partition MODULE:FUNCTION --out DIR`: partition what a function returns."""
+"""`sidepool partition MODEL --out DIR`: partition what a function returns, a saved program or a model of Triton's."""
 
 from __future__ import annotations
 
 import argparse
-import importlib
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
 
 from sidepool.wire.errors import CutError
 from sidepool.wire.plan import RowFormat
-
-if TYPE_CHECKING:
-    from torch import nn
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,14 +14,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source",
         nargs="?",
-        metavar="MODULE:FUNCTION",
-        help="function that returns (model, example_inputs); MODULE may be a .py file",
+        metavar="MODEL",
+        help="MODULE:FUNCTION, a function that returns (model, example_inputs), where MODULE may be a .py file; or a saved "
+        "program, FILE.pt2; or the directory of a model in Triton whose Python can be imported",
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write; must be empty or not exist")
     parser.add_argument("--check", type=Path, metavar="DIR", help="instead: verify an artifact that was written before")
     parser.add_argument("--calibrate", type=Path, metavar="FILE", help="instead: measure this machine and write its profile")
-    parser.add_argument("--name", help="name of the Triton model (default: FUNCTION)")
+    parser.add_argument("--name", help="name of the Triton model (default: that of the function, file or directory)")
     parser.add_argument("--sidecars", type=int, default=2, metavar="N", help="number of sidecars (default: 2)")
+    parser.add_argument(
+        "--sidecar-bytes", type=_positive, metavar="N", help="memory that each sidecar has for rows (default: not checked)"
+    )
     parser.add_argument(
         "--address",
         action="append",
@@ -86,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     instead = [x for x in (args.check, args.calibrate) if x is not None]
     if len(instead) + (args.source is not None) != 1 or (args.source is not None) != (args.out is not None):
         raise CutError(
-            "arguments: allowed: MODULE:FUNCTION with --out DIR, or --check DIR alone, or --calibrate FILE alone\n"
+            "arguments: allowed: MODEL with --out DIR, or --check DIR alone, or --calibrate FILE alone\n"
             "remedy: sidepool partition --help"
         )
     if args.check is not None:
@@ -114,67 +110,28 @@ def _calibrate(path: Path) -> int:
 
 
 def _partition(args: argparse.Namespace) -> int:
+    from sidepool.partition.model_sources import load_source
     from sidepool.partition.partitioner import partition_model
     from sidepool.partition.triton_config import TritonOptions
 
-    model, inputs, function = load_source(args.source)
+    model, inputs, name = load_source(args.source)
     report = partition_model(
         model,
         inputs,
         args.out,
-        name=args.name or function,
+        name=args.name or name,
         sidecars=args.sidecars,
         addresses=args.address,
         row_format=args.row_format,
         epoch=args.epoch,
         triton=TritonOptions(max_batch=args.max_batch, instance_kind=args.instance_kind, lane=args.lane),
         gpu_table_bytes=args.gpu_table_bytes,
+        sidecar_bytes=args.sidecar_bytes,
         **{k: v for k in ("link", "objective", "cpu", "gpu") if (v := getattr(args, k)) is not None},
     )
     print(report.text, end="")
     print(f"written to {report.out_dir}")
     return 0
-
-
-def load_source(source: str) -> tuple[nn.Module, Any, str]:
-    """Call `MODULE:FUNCTION`; returns model, example inputs and the function's name. Raises `CutError`."""
-    module_name, colon, function_name = source.rpartition(":")
-    if not colon or not module_name or not function_name.isidentifier():
-        raise CutError(f"source: found {source!r}; allowed: MODULE:FUNCTION or FILE.py:FUNCTION")
-    function = getattr(_load_module(module_name), function_name, None)
-    if not callable(function):
-        raise CutError(f"source: {module_name} has no function {function_name!r}; allowed: a function without arguments")
-    try:
-        result = function()
-    except Exception as e:
-        raise CutError(f"source: {source} failed: {type(e).__name__}: {e}") from e
-    from torch import nn
-
-    if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[0], nn.Module):
-        found = f"({', '.join(type(r).__name__ for r in result)})" if isinstance(result, tuple) else type(result).__name__
-        raise CutError(f"source: {source} returned {found}; allowed: a tuple (torch.nn.Module, example inputs)")
-    return result[0], result[1], function_name
-
-
-def _load_module(name: str) -> ModuleType:
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    try:
-        if not name.endswith(".py"):
-            return importlib.import_module(name)
-        path = Path(name).resolve()
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        if spec is None or spec.loader is None or not path.is_file():
-            raise CutError(f"source: found {name!r}; allowed: an importable module or an existing .py file")
-        module = importlib.util.module_from_spec(spec)
-        # Registered, so that torch finds the sources of what the file defines.
-        sys.modules[path.stem] = module
-        spec.loader.exec_module(module)
-        return module
-    except CutError:
-        raise
-    except Exception as e:
-        raise CutError(f"source: {name} cannot be imported: {type(e).__name__}: {e}") from e
 
 
 def _positive(text: str) -> int:

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from sidepool.partition.capture import source_line
 from sidepool.partition.cut_drawing import page
 from sidepool.partition.cut_groups import Group, groups_of
 from sidepool.partition.decision import Alternative, Decision
+from sidepool.partition.exporting import source_line
 from sidepool.partition.profiles import find_link, find_processor
 
 # Operators that are named one by one; a longer list is counted.

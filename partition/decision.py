@@ -65,17 +65,16 @@ class Decision:
 def decide(captured: Captured, lookups: Sequence[Lookup], ids: Mapping[Lookup, float], options: CutOptions) -> Decision:
     """The cheapest cut that can be executed. Raises `CutError` for wrong options, or where nothing is left for sidecars."""
     model = build_model(captured, lookups, ids, options)
-    today = model.problem(today=True)
-    everything = sum(t.bytes for t in model.problem(today=False).tables)
     free = model.problem(today=False)
-    found, best = solve(today), solve(free)
+    everything = sum(t.bytes for t in free.tables)
+    found, best = solve(model.problem(today=True)), solve(free)
     decision = Decision(
         model,
-        _alternative(model, "chosen", found.placement),
+        _alternative(model, free, "chosen", found.placement),
         found.bound == found.cost,
         found.bound / UNITS_PER_NS,
         tuple(_others(model, model.problem(today=False, gpu_table_bytes=everything))),
-        _alternative(model, "optimum if sidecars ran any operator", best.placement, _unproved(best)),
+        _alternative(model, free, "optimum if sidecars ran any operator", best.placement, _unproved(best)),
     )
     if not decision.lookups:
         raise CutError(
@@ -99,7 +98,7 @@ def _others(model: CutModel, problem: Problem) -> list[Alternative]:
         "all on the GPU side": (frozenset[int](), gpu),
         "Prism-style colouring": (cpu - coloured, coloured | last),
     }
-    found = [_alternative(model, name, pruned(problem, Placement(*sides))) for name, sides in named.items()]
+    found = [_alternative(model, problem, name, pruned(problem, Placement(*sides))) for name, sides in named.items()]
     limit = model.options.gpu_table_bytes
     return [x if x.gpu_table_bytes <= limit else _with_note(x, "tables exceed gpu_table_bytes") for x in found]
 
@@ -125,8 +124,9 @@ def _coloured(model: CutModel) -> frozenset[int]:
     return frozenset(found)
 
 
-def _alternative(model: CutModel, name: str, placement: Placement, note: str = "") -> Alternative:
-    problem, items, link = model.problem(today=False), model.items, find_link(model.options.link)
+def _alternative(model: CutModel, problem: Problem, name: str, placement: Placement, note: str = "") -> Alternative:
+    """`placement` with what it costs in `problem`, where everything may move."""
+    items, link = model.items, find_link(model.options.link)
     sent = placement.sent(problem)
     travels = sum(items[i].request_bytes for i in placement.cpu) + sum(items[i].result_bytes for i in sent)
     contact = any(problem.operators[i].remote for i in placement.cpu)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,14 +11,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from sidepool.partition.capture import Captured, source_line
+from sidepool.partition.capture import Captured
+from sidepool.partition.exporting import source_line
+from sidepool.partition.hand_pooling import apply_mask, find_hand_pooling
 from sidepool.partition.sources import (
     Columns,
     behind_casts,
-    check_index_arithmetic,
     constant_in,
     evaluate,
     find_columns,
+    foreign_ids,
     packet,
     probe_inputs,
 )
@@ -31,6 +34,9 @@ _BAG_POOLING = (Pooling.SUM, Pooling.MEAN, Pooling.MAX)  # torch's numbers for t
 _BAG_DEFAULTS = {"offsets": None, "mode": 0, "per_sample_weights": None, "include_last_offset": False, "padding_idx": None}
 
 
+# Letters that names in plans do not have, and the length of names less what tells two equal ones apart.
+_ODD_LETTERS = re.compile(r"[^A-Za-z0-9_.\-/]|^[.\-/]")
+_NAME_LENGTH = 240
 # What a model's rows may be. Lookups give the same dtype, as the model's own operators do.
 ROW_DTYPES: dict[torch.dtype, OutputDtype] = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
@@ -43,6 +49,8 @@ class Jagged:
     offsets: fx.Node
     weights: fx.Node | None
     include_last_offset: bool
+    key: str | None = None
+    """Of the `KeyedJaggedTensor` that the ids are part of."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,32 +68,72 @@ class Lookup:
     weights: fx.Node | None = None
     """Weights `[batch · ids]` of a fixed-width bag: its rows come back unpooled and the dense program reduces them."""
     padding_index: int | None = None
-    """The id that bags pass over."""
+    """The id that bags pass over: a row, or the number of rows, an id that is nothing else."""
 
     @property
     def dim(self) -> int:
         return int(self.weight.shape[1])
 
 
-def find_lookups(captured: Captured) -> tuple[Lookup, ...]:
-    """Every lookup that can leave the model, in graph order. Raises `CutError` naming operator and source line."""
+@dataclass(frozen=True)
+class Recognised:
+    """What `find_lookups` found."""
+
+    lookups: tuple[Lookup, ...]
+    """Those that leave the model, in graph order."""
+    kept: tuple[str, ...]
+    """Lookups that stay in the dense program: operator, source line and reason."""
+
+
+def find_lookups(captured: Captured) -> Recognised:
+    """Every lookup that can leave the model; raises `CutError` naming operator and source line where none can.
+
+    May add nodes to the captured graph: the arithmetic that pooling by hand becomes.
+    """
     operators = [n for n in captured.graph.nodes if packet(n) is aten.embedding or packet(n) in _BAGS]
     tables = _table_names(captured, operators)
-    chosen = [n for n in operators if n.args[0] in tables and not _constant_ids(captured, n)]
-    if not chosen:
+    staying = {n: "no parameter is looked up by the model's inputs there" for n in operators if n.args[0] not in tables}
+    staying |= {n: "its ids are the same in every call" for n in operators if n not in staying and _constant_ids(captured, n)}
+    tied = _tied(captured, [n for n in operators if n not in staying], frozenset(operators))
+    leaving = [n for n in operators if n not in staying and n not in tied]
+    if not leaving:
+        reasons = [f"\n{_where(n)}: {why}" for n, why in tied.items()]
         raise CutError(
             f"model: found {len(operators)} embedding operators, none of them over a parameter with ids from the model's inputs; "
-            "allowed: at least one nn.Embedding or nn.EmbeddingBag that is looked up by an input"
+            f"allowed: at least one nn.Embedding or nn.EmbeddingBag that is looked up by an input{''.join(reasons[:3])}"
         )
-    all_lookups = frozenset(chosen)
-    found = []
-    for node in chosen:
-        lookup = _embedding(captured, node, tables) if packet(node) is aten.embedding else _bag(captured, node, tables)
-        if isinstance(lookup.source, Columns):
-            check_index_arithmetic(captured, lookup.source.root, all_lookups, _where(node))
-        found.append(lookup)
-    _check_tables(captured, found, all_lookups)
-    return tuple(found)
+    found = [
+        _embedding(captured, node, tables) if packet(node) is aten.embedding else _bag(captured, node, tables) for node in leaving
+    ]
+    _check_dtypes(captured, found)
+    stay = staying | tied
+    # The first line says why; what to do about it is for a model that cannot be cut at all.
+    return Recognised(tuple(found), tuple(f"{_where(n)}: {stay[n].splitlines()[0]}" for n in operators if n in stay))
+
+
+def _tied(captured: Captured, lookups: Sequence[fx.Node], operators: frozenset[fx.Node]) -> dict[fx.Node, str]:
+    """Lookups that cannot leave, and why: by their ids, or because their table is needed in the dense program anyway."""
+    tied = {}
+    for node in lookups:
+        ids = node.args[1]
+        why = foreign_ids(captured, ids, operators) if isinstance(ids, fx.Node) else None
+        if why is not None:
+            tied[node] = why
+    needed: dict[int, str] = {}
+    for weight, (name, value) in captured.states.items():
+        for user in weight.users:
+            if user in lookups and user not in tied:
+                continue
+            needed.setdefault(
+                value.data_ptr(),
+                f"table {name}: also read by {_where(user)}; allowed: a table that is only looked up by the model's inputs\n"
+                "remedy: give that operator its own parameter",
+            )
+    for node in lookups:
+        why = needed.get(captured.states[_node(node.args[0])][1].data_ptr())
+        if why is not None:
+            tied.setdefault(node, why)
+    return tied
 
 
 def feature_names(lookups: Sequence[Lookup]) -> tuple[str, ...]:
@@ -109,14 +157,24 @@ def _table_names(captured: Captured, operators: Sequence[fx.Node]) -> dict[fx.No
     """Weights that are looked up → table names; weights that share memory are one table."""
     names: dict[fx.Node, str] = {}
     by_memory: dict[tuple[int, tuple[int, ...]], str] = {}
+    taken: Counter[str] = Counter()
     for node in operators:
         weight = node.args[0]
         if not isinstance(weight, fx.Node) or weight not in captured.states or weight in names:
             continue
         name, value = captured.states[weight]
-        short = name.removesuffix(".weight")
-        names[weight] = by_memory.setdefault((value.data_ptr(), tuple(value.shape)), short)
+        short = _plain(name.removesuffix(".weight"))
+        memory = (value.data_ptr(), tuple(value.shape))
+        if memory not in by_memory:
+            taken[short] += 1
+            by_memory[memory] = short if taken[short] == 1 else f"{short}.{taken[short]}"
+        names[weight] = by_memory[memory]
     return names
+
+
+def _plain(name: str) -> str:
+    """A model's own name in the letters that plans allow."""
+    return _ODD_LETTERS.sub("_", name)[:_NAME_LENGTH]
 
 
 def _constant_ids(captured: Captured, node: fx.Node) -> bool:
@@ -133,30 +191,27 @@ def _embedding(captured: Captured, node: fx.Node, tables: dict[fx.Node, str]) ->
             f"{_where(node)}: found ids of shape {list(shape)}; allowed: [batch, …] with every other size fixed\n"
             "remedy: use nn.EmbeddingBag for a varying number of ids"
         )
-    bag_ids = 1
-    for n in shape[1:]:
-        bag_ids *= int(n)
-    pooling, output = (Pooling.SUM, node) if bag_ids == 1 else _reduction(node)
+    if behind_casts(ids) in captured.keys:
+        raise CutError(
+            f"{_where(node)}: found rows of a KeyedJaggedTensor that are not pooled; allowed: an EmbeddingBagCollection\n"
+            "remedy: give sequences as a matrix of ids, padded to one length"
+        )
+    table = captured.states[weight][1]
+    bag_ids = math.prod(int(n) for n in shape[1:])
+    if bag_ids == 1:
+        return Lookup(node, node, tables[weight], table, Pooling.SUM, find_columns(captured, ids, 1))
+    found = find_hand_pooling(captured, node, table) if len(shape) == 2 else None
+    if found is None:
+        return Lookup(node, node, tables[weight], table, Pooling.NONE, find_columns(captured, ids, bag_ids))
+    ids, padding = apply_mask(captured, ids, found, int(table.shape[0]))
     source = find_columns(captured, ids, bag_ids)
-    return Lookup(node, output, tables[weight], captured.states[weight][1], pooling, source)
+    return Lookup(node, found.output, tables[weight], table, found.pooling, source, padding_index=padding)
 
 
 def _node(argument: object) -> fx.Node:
     """An operator's tensor argument: in a graph it is always a node."""
     assert isinstance(argument, fx.Node)
     return argument
-
-
-def _reduction(node: fx.Node) -> tuple[Pooling, fx.Node]:
-    """The pooling that a `[batch, ids, dim]` lookup gets: its only user's, where that is a plain sum or mean over the ids."""
-    users = list(node.users)
-    if len(users) == 1 and node.meta["val"].dim() == 3:
-        user = users[0]
-        modes = {aten.sum.dim_IntList: Pooling.SUM, aten.mean.dim: Pooling.MEAN}
-        mode = modes.get(user.target)  # type: ignore[call-overload]
-        if mode is not None and user.args[1] in ([1], [-2]) and user.kwargs.get("dtype") is None:
-            return mode, user
-    return Pooling.NONE, node
 
 
 def _bag(captured: Captured, node: fx.Node, tables: dict[fx.Node, str]) -> Lookup:
@@ -230,31 +285,25 @@ def _jagged(captured: Captured, node: fx.Node, values: fx.Node, offsets: fx.Node
             )
         if origin.meta["val"].dim() != 1:
             raise CutError(f"{_where(node)}: found {what} of shape {list(origin.meta['val'].shape)}; allowed: one dimension")
-    return Jagged(plain[0], plain[1], plain[2] if weights is not None else None, last)
+    return Jagged(plain[0], plain[1], plain[2] if weights is not None else None, last, captured.keys.get(plain[0]))
 
 
-def _check_tables(captured: Captured, lookups: Sequence[Lookup], operators: frozenset[fx.Node]) -> None:
-    """A table that leaves must be a matrix of floats that nothing else reads; all of one dtype, as `pooled` is one matrix."""
+def _check_dtypes(captured: Captured, lookups: Sequence[Lookup]) -> None:
+    """Tables that leave are matrices of floats, all of one dtype, as `pooled` is one matrix."""
     dtype = lookups[0].weight.dtype
     moved = {lookup.weight.data_ptr() for lookup in lookups}
-    for weight, (name, value) in captured.states.items():
+    for name, value in captured.states.values():
         if value.data_ptr() not in moved or value.dim() != 2:
             continue
         if value.dtype not in ROW_DTYPES or value.dtype is not dtype:
             allowed = "float32, float16 or bfloat16 rows" if value.dtype not in ROW_DTYPES else f"{dtype}, as the first table is"
             raise CutError(f"table {name}: found {value.dtype}; allowed: {allowed}\nremedy: partition model.float()")
-        for user in weight.users:
-            if user not in operators:
-                raise CutError(
-                    f"table {name}: also read by {_where(user)}; allowed: a table that is only looked up by the model's inputs\n"
-                    "remedy: give that operator its own parameter"
-                )
 
 
 def _source_name(lookup: Lookup) -> str:
     source = lookup.source
     if isinstance(source, Jagged):
-        return str(source.values.target)
+        return _plain(source.key) if source.key else str(source.values.target)
     if source.root.op != "placeholder":
         return lookup.table
     name = str(source.root.target)

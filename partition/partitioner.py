@@ -8,24 +8,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from sidepool.partition.artifact import check_out_dir, write_artifact
-from sidepool.partition.capture import Captured, capture, quiet_torch, source_line
+from sidepool.partition.capture import Captured, capture
 from sidepool.partition.check import Trial
 from sidepool.partition.cut_model import CutOptions, Objective
 from sidepool.partition.cut_report import CutReport
 from sidepool.partition.decision import decide
+from sidepool.partition.exporting import check_operators
 from sidepool.partition.lookups import ROW_DTYPES, Jagged, Lookup, feature_names, find_lookups
-from sidepool.partition.planning import make_plan
+from sidepool.partition.planning import check_memory, make_plan
 from sidepool.partition.profiles import DEFAULT_CPU, DEFAULT_GPU, DEFAULT_LINK
 from sidepool.partition.programs import Cut, cut_programs, program_bytes
 from sidepool.partition.report import PartitionReport
-from sidepool.partition.sources import packet
 from sidepool.partition.trials import trials
 from sidepool.partition.triton_config import TritonOptions
-from sidepool.partition.verify import look_up_examples, verify_cut
+from sidepool.partition.verify import verify_cut
 from sidepool.wire.config import decode
 from sidepool.wire.errors import PlanError
 from sidepool.wire.model import DenseProgram, FeatureSource, FixedSource, IndexProgram, JaggedSource, ModelSpec, OutputDtype
@@ -53,6 +52,7 @@ def partition_model(
     cpu: str = DEFAULT_CPU,
     gpu: str = DEFAULT_GPU,
     gpu_table_bytes: int = 0,
+    sidecar_bytes: int | None = None,
 ) -> PartitionReport:
     """Cut `model` into lookups and a dense program and write the artifact into `out_dir` (new or empty).
 
@@ -64,7 +64,8 @@ def partition_model(
     link, cpu, gpu: hardware profiles that the cut is costed for (docs/partition.md); cpu and gpu may be calibrated files.
     objective: what the cut makes least: a request's latency, work per request (throughput), or the GPU's share of it (gpu_cost).
     gpu_table_bytes: tables of up to so many bytes in all may stay with the dense program where that is cheaper.
-    Raises `CutError` (model, inputs, output directory) and `PlanError` (names, sidecars, addresses).
+    sidecar_bytes: memory that each sidecar has for rows; default: not checked.
+    Raises `CutError` (model, inputs, output directory) and `PlanError` (names, sidecars, addresses, memory).
     """
     out = Path(out_dir)
     if not _MODEL_NAME.fullmatch(name):
@@ -73,31 +74,33 @@ def partition_model(
     check_out_dir(out)
     captured = capture(model, example_inputs)
     found = find_lookups(captured)
+    check_operators(captured.graph)
     options = CutOptions(link, objective, cpu, gpu, gpu_table_bytes, sidecars)
-    decision = decide(captured, found, {x: _ids_per_bag(captured, x) for x in found}, options)
+    decision = decide(captured, found.lookups, {x: _ids_per_bag(captured, x) for x in found.lookups}, options)
     cut = cut_programs(captured, decision.lookups)
     own_dtype = ROW_DTYPES[cut.lookups[0].weight.dtype]
-    tried = trials(captured, found)
-    error = max(verify_cut(trial, cut) for trial in tried)
+    tried = trials(captured, found.lookups)
+    verified = [verify_cut(trial, cut) for trial in tried]
+    error = max(difference for difference, _ in verified)
     names = feature_names(cut.lookups)
     ids = {feature: _ids_per_bag(captured, lookup) for feature, lookup in zip(names, cut.lookups, strict=True)}
     plan = _plan(name, cut, names, ids, sidecars, addresses, stored_as or RowFormat(own_dtype), epoch)
+    check_memory(plan, sidecar_bytes)
     spec = _spec(name, captured, cut, names, own_dtype)
     programs = {DENSE_FILE: program_bytes(cut.dense)}
     if cut.index is not None:
         programs[INDEX_FILE] = program_bytes(cut.index)
     chosen = CutReport(decision)
-    kept = [*chosen.kept, *_kept(captured, found)]
+    unread = [f"table {name}: nothing looks it up, it is left out" for name in captured.unread]
+    kept = [*chosen.kept, *found.kept, *unread]
     report = PartitionReport(plan, spec, out, ids, len(programs[DENSE_FILE]), error, kept, chosen)
-    recorded = [_recorded(trial, cut, names) for trial in tried]
+    recorded = [_recorded(trial, cut, names, results) for trial, (_, results) in zip(tried, verified, strict=True)]
     return write_artifact(out, report, {x.table: x.weight for x in cut.lookups}, programs, triton or TritonOptions(), recorded)
 
 
-def _recorded(trial: Captured, cut: Cut, names: Sequence[str]) -> Trial:
+def _recorded(trial: Captured, cut: Cut, names: Sequence[str], looked_up: Mapping[Lookup, Tensor]) -> Trial:
     """What the artifact must compute for one trial's inputs."""
     inputs = {str(n.target): value for n, value in zip(trial.inputs, trial.examples, strict=True)}
-    with torch.no_grad(), quiet_torch():
-        looked_up = look_up_examples(trial, cut)
     outputs = dict(zip(trial.output_names, trial.expected, strict=True))
     return inputs, {name: looked_up[x] for name, x in zip(names, cut.lookups, strict=True)}, outputs
 
@@ -176,11 +179,3 @@ def _ids_per_bag(captured: Captured, lookup: Lookup) -> float:
         return float(lookup.source.end - lookup.source.begin)
     values = captured.examples[captured.inputs.index(lookup.source.values)]
     return values.numel() / captured.expected[0].shape[0]
-
-
-def _kept(captured: Captured, lookups: Sequence[Lookup]) -> list[str]:
-    """Embedding operators that could not leave the model."""
-    moved = {lookup.node for lookup in lookups}
-    operators = {torch.ops.aten.embedding, torch.ops.aten.embedding_bag}
-    kept = [n for n in captured.graph.nodes if packet(n) in operators and n not in moved]
-    return [f"{n.name} ({source_line(n)}): no parameter is looked up by the model's inputs there" for n in kept]

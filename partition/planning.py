@@ -48,6 +48,27 @@ def make_plan(
     return plan
 
 
+def check_memory(plan: Plan, sidecar_bytes: int | None) -> None:
+    """Raise `PlanError` where the rows of a sidecar's tables take more than `sidecar_bytes`; None: nothing is checked."""
+    if sidecar_bytes is None:
+        return
+    held = [0] * len(plan.sidecars)
+    for table, owner in zip(plan.tables, plan.sidecar_of_table, strict=True):
+        held[owner] += table.bytes
+    fullest = max(range(len(held)), key=held.__getitem__)
+    if held[fullest] > sidecar_bytes:
+        largest = max(t.bytes for t in plan.tables)
+        remedy = (
+            "a narrower row_format: the largest table alone needs more"
+            if largest > sidecar_bytes
+            else f"more sidecars (at least {-(-sum(held) // sidecar_bytes)}), or a narrower row_format"
+        )
+        raise PlanError(
+            f"sidecar_bytes: found {sidecar_bytes}; {plan.sidecars[fullest].name} needs {held[fullest]} for its tables\n"
+            f"remedy: {remedy}"
+        )
+
+
 def _addresses(found: Sequence[str] | None, sidecars: int) -> Sequence[str]:
     if not found:
         return [f"127.0.0.1:{FIRST_PORT + i}" for i in range(sidecars)]

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
-from sidepool.partition.capture import Captured, quiet_torch, source_line
+from sidepool.partition.capture import Captured
+from sidepool.partition.exporting import quiet_torch, source_line
 from sidepool.partition.lookups import Lookup
 from sidepool.partition.pieces import Pieces
 from sidepool.partition.sources import Columns, packet
@@ -63,7 +64,10 @@ def plan_order(captured: Captured, lookups: Sequence[Lookup]) -> tuple[Lookup, .
 
 
 def program_bytes(program: ExportedProgram) -> bytes:
-    """What `torch.export.save` writes for a program."""
+    """What `torch.export.save` writes for a program; equal programs give equal bytes, so what it was traced from is left out."""
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
+            node.meta.pop("from_node", None)  # holds addresses of this process
     buffer = io.BytesIO()
     with quiet_torch():
         torch.export.save(program, buffer)

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from sidepool.partition.capture import Captured, source_line
-from sidepool.wire.errors import CutError
+from sidepool.partition.capture import Captured
+from sidepool.partition.exporting import source_line
 
 aten = torch.ops.aten
 
 # Operators that only move elements: what comes out are entries of what went in.
-_MOVES = {
+MOVES = {
     aten.view, aten.reshape, aten._unsafe_view, aten.flatten, aten.unflatten, aten.unsqueeze, aten.squeeze, aten.select,
     aten.slice, aten.narrow, aten.split, aten.split_with_sizes, aten.chunk, aten.unbind, aten.permute, aten.transpose, aten.t,
     aten.clone, aten.contiguous, aten.detach, aten.alias, aten.lift_fresh_copy, aten.expand,
@@ -25,7 +25,7 @@ _MOVES = {
 # Operators that read sizes only: what lies before them does not reach the values.
 SIZES = {aten.sym_size, aten.sym_numel, aten.sym_stride}
 # Column probing runs the movement operators on this many rows; two sizes tell a batch from a constant.
-_PROBE_BATCHES = (2, 3)
+PROBE_BATCHES = (2, 3)
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def packet(node: fx.Node) -> Any:
 
 def is_moved(node: fx.Node) -> bool:
     """Whether a node gives its input another shape, or a part of it, and computes nothing."""
-    return packet(node) in _MOVES or node.target is operator.getitem
+    return packet(node) in MOVES or node.target is operator.getitem
 
 
 def value_ancestors(*nodes: fx.Node) -> Iterator[fx.Node]:
@@ -74,7 +74,7 @@ def find_columns(captured: Captured, ids: fx.Node, bag_ids: int) -> Columns:
     Where arithmetic lies between, the matrix is the arithmetic's result, or `ids` itself where they are not adjacent columns.
     """
     root = ids
-    while packet(root) in _MOVES or _is_piece(root) or _is_integer_cast(root):
+    while packet(root) in MOVES or is_piece(root) or _is_integer_cast(root):
         root = root.all_input_nodes[0]
     sizes = root.meta["val"].shape
     if len(sizes) and all(isinstance(n, int) for n in sizes[1:]):
@@ -84,8 +84,8 @@ def find_columns(captured: Captured, ids: fx.Node, bag_ids: int) -> Columns:
     return Columns(ids, 0, bag_ids)
 
 
-def check_index_arithmetic(captured: Captured, root: fx.Node, lookups: frozenset[fx.Node], where: str) -> None:
-    """Refuse ids that depend on anything but model inputs and constants; raises `CutError`."""
+def foreign_ids(captured: Captured, root: fx.Node, lookups: frozenset[fx.Node]) -> str | None:
+    """What ids depend on beside model inputs and constants, as part of a message; None where there is nothing."""
     for node in value_ancestors(root):
         if node in lookups:
             what = f"on the lookup {node.name} ({source_line(node)})"
@@ -93,10 +93,11 @@ def check_index_arithmetic(captured: Captured, root: fx.Node, lookups: frozenset
             what = f"on the parameter {captured.states[node][0]}"
         else:
             continue
-        raise CutError(
-            f"{where}: its ids ({root.name}, {source_line(root)}) depend {what}; allowed: ids computed from model inputs and "
-            "buffers only\nremedy: compute these ids before calling the model, or keep this operator out of the partition"
+        return (
+            f"its ids ({root.name}, {source_line(root)}) depend {what}; allowed: ids computed from model inputs and buffers only\n"
+            "remedy: compute these ids before calling the model"
         )
+    return None
 
 
 def constant_in(nodes: tuple[fx.Node, ...], captured: Captured) -> bool:
@@ -137,7 +138,7 @@ def _probe(captured: Captured, ids: fx.Node, root: fx.Node, bag_ids: int) -> int
     begins = set()
     inner = [int(n) for n in root.meta["val"].shape[1:]]
     width = math.prod(inner)
-    for batch in _PROBE_BATCHES:
+    for batch in PROBE_BATCHES:
         numbered = torch.arange(batch * width)
         known = probe_inputs(captured, batch) | {root: numbered.view(batch, *inner)}
         found = evaluate(ids, known).reshape(-1)
@@ -151,9 +152,9 @@ def _probe(captured: Captured, ids: fx.Node, root: fx.Node, bag_ids: int) -> int
     return begins.pop() if len(begins) == 1 else None
 
 
-def _is_piece(node: fx.Node) -> bool:
+def is_piece(node: fx.Node) -> bool:
     """An element of a split, chunk or unbind."""
-    return node.target is operator.getitem and packet(node.all_input_nodes[0]) in _MOVES
+    return node.target is operator.getitem and packet(node.all_input_nodes[0]) in MOVES
 
 
 def _is_integer_cast(node: fx.Node) -> bool:

@@ -10,14 +10,14 @@ from torch import Tensor, fx
 
 from sidepool.partition.capture import Captured
 from sidepool.partition.lookups import Jagged, Lookup
-from sidepool.partition.sources import Columns, evaluate
+from sidepool.partition.sources import Columns
 
 # Any number: the same model is tried on the same inputs every time.
 SEED = 20
 
 
 def trials(captured: Captured, lookups: Sequence[Lookup]) -> tuple[Captured, ...]:
-    """`captured` with its examples, then with random inputs and what the captured model gives for them.
+    """`captured` with its examples, then with random inputs and what the model itself gives for them.
 
     Random: ids from all of their tables, bags of other lengths, numbers within the range of the examples. A model may refuse
     these, where an input means more than ids; then the samples of the examples are mixed, each input on its own, and last in step.
@@ -26,17 +26,11 @@ def trials(captured: Captured, lookups: Sequence[Lookup]) -> tuple[Captured, ...
         generator = torch.Generator().manual_seed(SEED)
         examples = tuple(make(captured, lookups, generator))
         try:
-            with torch.no_grad():
-                expected = _outputs(captured, examples)
-        except Exception:  # whatever the model's operators raise for inputs that it was not made for
+            expected = captured.ask(examples)
+        except Exception:  # whatever the model raises for inputs that it was not made for
             continue
         return captured, replace(captured, examples=examples, expected=expected)
     return (captured,)
-
-
-def _outputs(captured: Captured, examples: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    known = {node: value for node, (_, value) in captured.states.items()} | dict(zip(captured.inputs, examples, strict=True))
-    return tuple(evaluate(node, known) for node in captured.outputs)
 
 
 def _fresh(captured: Captured, lookups: Sequence[Lookup], generator: torch.Generator) -> Iterator[Tensor]:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor, fx
-from torch.nn import functional
 
-from sidepool.partition.capture import Captured, quiet_torch, source_line
-from sidepool.partition.lookups import Jagged, Lookup
+from sidepool.partition.capture import Captured
+from sidepool.partition.exporting import quiet_torch, source_line
+from sidepool.partition.lookups import Lookup
 from sidepool.partition.programs import Cut, cut_programs, example_arguments
-from sidepool.partition.sources import evaluate
+from sidepool.partition.reference import pool_rows
+from sidepool.partition.sources import Columns, evaluate
 from sidepool.wire.errors import CutError
-from sidepool.wire.plan import Pooling
 
 # Sums in another order differ by a few units in the last place per layer; a wrong cut differs by far more. In 16 bits these
 # units are coarse: as many as ROUNDINGS of them.
@@ -21,8 +22,10 @@ RELATIVE, ABSOLUTE = 1e-4, 1e-5
 ROUNDINGS = 4
 
 
-def verify_cut(captured: Captured, cut: Cut) -> float:
-    """Largest absolute difference of the cut's outputs from the model's own; raises `CutError` where it is not rounding.
+def verify_cut(captured: Captured, cut: Cut) -> tuple[float, dict[Lookup, Tensor]]:
+    """Largest absolute difference of the cut's outputs from the model's own, and the results of the lookups.
+
+    Raises `CutError` where the difference is not rounding.
 
     Also checks that a batch of one gives the first sample's outputs: Triton merges requests, so samples must not mix.
     """
@@ -43,7 +46,7 @@ def verify_cut(captured: Captured, cut: Cut) -> float:
         expected = tuple(value[:1] for value in captured.expected)
         what = "the first sample alone scores differently: the model mixes the samples of a batch"
         _compare(captured, first, expected, unit, what)
-    return worst
+    return worst, looked_up
 
 
 def first_difference(captured: Captured, cut: Cut, unit: float) -> str:
@@ -94,27 +97,21 @@ def look_up_examples(captured: Captured, cut: Cut) -> dict[Lookup, Tensor]:
     return {lookup: _look_up(lookup, inputs) for lookup in cut.lookups}
 
 
-def _look_up(lookup: Lookup, inputs: dict[fx.Node, Tensor]) -> Tensor:
-    source = lookup.source
-    if isinstance(source, Jagged):
-        weights = inputs[source.weights] if source.weights is not None else None
-        values, offsets = inputs[source.values].long(), inputs[source.offsets].long()
-        last = source.include_last_offset
-        mode = str(lookup.pooling)
-        return functional.embedding_bag(
-            values,
-            lookup.weight,
-            offsets,
-            mode=mode,
-            per_sample_weights=weights,
-            include_last_offset=last,
-            padding_idx=lookup.padding_index,
-        )
-    matrix = inputs[source.root]
-    ids = matrix.reshape(matrix.shape[0], -1)[:, source.begin : source.end].long()
-    if lookup.pooling is Pooling.NONE:
-        return functional.embedding(ids, lookup.weight)
-    return functional.embedding_bag(ids, lookup.weight, mode=str(lookup.pooling), padding_idx=lookup.padding_index)
+def _look_up(lookup: Lookup, inputs: Mapping[fx.Node, Tensor]) -> Tensor:
+    source, padding = lookup.source, lookup.padding_index
+    if isinstance(source, Columns):
+        matrix = inputs[source.root]
+        ids = matrix.reshape(matrix.shape[0], -1)[:, source.begin : source.end]
+        return pool_rows(lookup.weight.__getitem__, ids, lookup.pooling, padding_index=padding)
+    return pool_rows(
+        lookup.weight.__getitem__,
+        inputs[source.values],
+        lookup.pooling,
+        padding_index=padding,
+        offsets=inputs[source.offsets],
+        weights=None if source.weights is None else inputs[source.weights],
+        include_last_offset=source.include_last_offset,
+    )
 
 
 def _compare(captured: Captured, found: object, expected: tuple[Tensor, ...], unit: float, what: str) -> float:

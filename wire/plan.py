@@ -108,7 +108,8 @@ class Feature(Frozen):
     weighted: bool = False
     """Whether callers must give one float32 weight per id (`sum` and `mean` only)."""
     padding_index: Annotated[int, Field(ge=0)] | None = None
-    """The id that bags pass over, as torch's `embedding_bag(padding_idx=)`; pooling `none` returns its row all the same."""
+    """The id that bags pass over, as torch's `embedding_bag(padding_idx=)`; pooling `none` returns its row all the same.
+    The number of rows of the table is allowed too: an id that is nothing but padding."""
 
 
 class Shard(Frozen):
@@ -215,9 +216,10 @@ def validate_plan(plan: Plan, *, where: str = "plan") -> None:
         if feature.weighted and feature.pooling not in (Pooling.SUM, Pooling.MEAN):
             raise PlanError(f"{where}: features.{i}.weighted: found true with pooling {feature.pooling}; allowed: sum, mean")
         rows = plan.tables[plan.table_index[feature.table]].rows
-        if feature.padding_index is not None and feature.padding_index >= rows:
+        if feature.padding_index is not None and feature.padding_index > rows:
             raise PlanError(
-                f"{where}: features.{i}.padding_index: found {feature.padding_index}; allowed: 0 to {rows - 1}, a row of its table"
+                f"{where}: features.{i}.padding_index: found {feature.padding_index}; "
+                f"allowed: 0 to {rows}, a row of its table or its number of rows"
             )
     shards: dict[str, list[Shard]] = {}
     for i, shard in enumerate(plan.shards):

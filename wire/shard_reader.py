@@ -65,6 +65,9 @@ def verify_checksum(path: Path, offset: int, shard: ShardFile, read: Callable[[i
                 with view[at : min(at + CHECKSUM_SLICE_BYTES, end)] as part:
                     found = crc32c(part, found)
                     read(len(part))
+                # What has been summed need not stay resident.
+                begin = at - at % mmap.PAGESIZE
+                mapped.madvise(mmap.MADV_DONTNEED, begin, min(at + CHECKSUM_SLICE_BYTES, end) - begin)
     except OSError as e:
         raise ShardCorrupt(f"{path}: tensor {shard.table!r}: cannot be read: {e}") from e
     if found != shard.crc32c:

@@ -75,7 +75,8 @@ int64_t hashed_row(int64_t id, int64_t rows) {
 }
 
 const std::byte* kernels::stand_in_row(PoolTask& task, int64_t id) {
-  if (uint64_t(id) < uint64_t(task.rows)) return nullptr;  // padding
+  // Padding: a row of the table, or the number of rows; kNoPadding is an id out of range like any other.
+  if (id == task.padding_index && id != kNoPadding) return nullptr;
   ++task.out_of_range;
   switch (task.policy) {
     case OutOfRange::error:

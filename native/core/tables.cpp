@@ -156,9 +156,9 @@ void TableSet::seal() {
       throw Error(Status::plan, "feature " + std::to_string(i) + ": table " + std::to_string(table) + " was not added");
     }
     const int64_t padding = features_[i].padding_index;
-    if (table >= 0 && (padding < kNoPadding || padding >= tables_[size_t(table)].rows)) {
+    if (table >= 0 && (padding < kNoPadding || padding > tables_[size_t(table)].rows)) {
       throw Error(Status::plan, "feature " + std::to_string(i) + ": padding_index: found " + std::to_string(padding) +
-                                    "; allowed: 0 to " + std::to_string(tables_[size_t(table)].rows - 1) + ", or -1 for none");
+                                    "; allowed: 0 to " + std::to_string(tables_[size_t(table)].rows) + ", or -1 for none");
     }
   }
   sealed_ = true;

@@ -83,7 +83,7 @@ class TableSet {
   // Copies rows into anonymous memory with huge pages.
   void add_copy(int32_t table, const void* data, int64_t rows, int32_t dim, RowFormat format, OutOfRange policy,
                 int64_t default_row);
-  // padding_index: a row of the table, checked by seal().
+  // padding_index: a row of the table, or its number of rows, an id that is nothing but padding; checked by seal().
   void add_feature(int32_t feature, int32_t table, Pooling pooling, bool weighted, int64_t padding_index = kNoPadding);
   void seal();
 

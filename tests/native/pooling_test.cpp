@@ -251,8 +251,8 @@ void compare(const Rows& rows, Pooling pooling, const Bags& bags, bool weighted,
   int64_t outside = 0;
   int64_t absent = 0;
   for (const int64_t id : bags.values) {
-    outside += id < 0 || id >= rows.rows;
     const bool padded = pooling != Pooling::none && padding != kNoPadding && id == padding;
+    outside += !padded && (id < 0 || id >= rows.rows);  // padding behind the last row is no mistake
     absent += padded || row_of(id, rows.rows, rows.table.policy, rows.table.default_row) < 0;
   }
   expect(counts.out_of_range == outside, what + ": out_of_range");
@@ -336,6 +336,12 @@ void pooling_equals_the_naive_definition_for_random_shapes() {
     const int64_t paddings[] = {kNoPadding, 0, rows.rows - 1, random_int(0, rows.rows - 1)};
     compare(rows, pooling, bags, weighted, "random shape " + std::to_string(i), paddings[i % 4]);
     compare_narrow(rows, pooling, bags, weighted, "random shape " + std::to_string(i));
+    if (pooling == Pooling::none) continue;  // its padding is a row like any other
+    Bags behind = bags;
+    for (int64_t& id : behind.values) {
+      if (random_int(0, 2) == 0) id = rows.rows;
+    }
+    compare(rows, pooling, behind, weighted, "padding behind the last row " + std::to_string(i), rows.rows);
   }
 }
 
@@ -757,11 +763,11 @@ void set_up_refuses_what_cannot_work() {
   PoolCounts counts;
   expect(pool_feature(set.table(1), Pooling::sum, {}, out, 8, counts).status == Status::internal, "no such table");
   copy(1, 10, 8, 9)();
-  for (const int64_t padding : {-2, 10}) {
+  for (const int64_t padding : {-2, 11}) {
     set.add_feature(0, 1, Pooling::sum, false, padding);
-    expect(refuses(Status::plan, [&] { set.seal(); }), "padding index that is no row");
+    expect(refuses(Status::plan, [&] { set.seal(); }), "padding index that is neither a row nor their number");
   }
-  set.add_feature(0, 1, Pooling::sum, false, 9);
+  set.add_feature(0, 1, Pooling::sum, false, 10);
   set.seal();
   expect(set.feature(1).table == -1, "a feature that was not added is not held");
   expect(refuses(Status::plan, [&] { set.add_feature(1, 0, Pooling::sum, false); }), "feature after seal");

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import itertools
+from functools import cache
+from typing import Any
 
+import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor, nn
 
+from sidepool.partition.capture import Captured, capture
+from sidepool.partition.cut_model import CutOptions, build_model
+from sidepool.partition.lookups import Lookup, find_lookups
 from sidepool.partition.mincut import Infeasible, Operator, Placement, Problem, Resident, cost_of, faults, solve
 
 COSTS = st.integers(0, 30)
@@ -88,6 +96,36 @@ def test_the_cut_costs_what_the_cheapest_of_all_placements_costs(problem: Proble
     assert list(faults(problem, found.placement)) == []
     assert (found.cost, found.bound) == (expected, expected)
     assert cost_of(problem, found.placement) == found.cost
+
+
+class Product(nn.Module):
+    """Two lookups whose product shrinks what travels, beside one that a layer follows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Embedding(40, 64), nn.Embedding(30, 64)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return (self.a(ids[:, 0]) * self.b(ids[:, 1])).sum(1)
+
+
+@cache
+def small_model() -> tuple[Captured, tuple[Lookup, ...]]:
+    captured = capture(Product().eval(), torch.randint(0, 30, (3, 2)))
+    return captured, find_lookups(captured).lookups
+
+
+@pytest.mark.parametrize("link", ["10g-tcp", "200g-roce"])
+@pytest.mark.parametrize("objective", ["latency", "throughput", "gpu_cost"])
+@pytest.mark.parametrize("gpu_table_bytes", [0, 8_000, 1 << 30])
+@pytest.mark.parametrize("today", [True, False])
+def test_the_cut_of_a_real_model_is_the_cheapest_of_all(link: str, objective: Any, gpu_table_bytes: int, today: bool) -> None:
+    captured, lookups = small_model()
+    options = CutOptions(link, objective, gpu_table_bytes=gpu_table_bytes)
+    problem = build_model(captured, lookups, dict.fromkeys(lookups, 1.0), options).problem(today=today)
+    assert 4 < len(problem.operators) < 10
+    found = solve(problem)
+    assert (found.cost, found.bound) == (cheapest(problem),) * 2
 
 
 def test_a_small_result_is_sent_where_several_larger_ones_behind_it_would_travel() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sidepool.__main__ import main
-from sidepool.partition.command import load_source
+from sidepool.partition.model_sources import load_source
 from sidepool.wire.errors import CutError
 from sidepool.wire.plan import load_plan
 
@@ -86,7 +86,7 @@ def test_the_name_is_the_functions_by_default(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("two_tables", "source: found 'two_tables'; allowed: MODULE:FUNCTION or FILE.py:FUNCTION"),
+        ("two_tables", "source: found 'two_tables'; allowed: MODULE:FUNCTION, FILE.py:FUNCTION, FILE.pt2 or a directory"),
         ("two_tables:", "allowed: MODULE:FUNCTION"),
         ("absent_module:good", "absent_module cannot be imported: ModuleNotFoundError"),
         ("absent.py:good", "found 'absent.py'; allowed: an importable module or an existing .py file"),

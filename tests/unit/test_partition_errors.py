@@ -151,15 +151,38 @@ def test_a_model_that_writes_in_forward_is_refused(tmp_path: Path) -> None:
     refused(tmp_path, Small(count), IDS, "writes to 'seen' in forward")
 
 
-def test_control_flow_over_data_is_refused(tmp_path: Path) -> None:
-    model = Small(lambda self, ids: self.top(self.table(ids)) if ids.sum() > 3 else self.top(self.table(ids)) * 2)
-    refused(tmp_path, model, IDS, r"(?s)torch.export cannot capture it with a varying batch.*remedy: no data-dependent")
+@pytest.mark.parametrize(
+    ("body", "match"),
+    [
+        (lambda self, ids: self.top(self.table(ids)) * (2 if ids.sum() > 3 else 1), r"_local_scalar_dense.*remedy: values decide"),
+        (lambda self, ids: self.top(self.table(ids)).reshape(3, 1), r"operator aten.(view|reshape).*remedy: a size is fixed there"),
+        (lambda self, ids: self.top(self.table(torch.from_numpy(ids.numpy() + 1))), "remedy: express that line with torch's own"),
+    ],
+)
+def test_what_cannot_be_exported_is_named_with_its_line_and_what_to_change(tmp_path: Path, body: Any, match: str) -> None:
+    refused(tmp_path, Small(body), IDS, rf"(?s)capture it with a varying batch at File .*test_partition_errors.py.*{match}")
 
 
-def test_a_batch_fixed_in_the_code_is_refused(tmp_path: Path) -> None:
-    refused(
-        tmp_path, Small(lambda self, ids: self.top(self.table(ids)).reshape(3, 1)), IDS, "cannot capture it with a varying batch"
-    )
+def test_an_operator_that_torch_does_not_bring_is_refused(tmp_path: Path) -> None:
+    with torch.library._scoped_library("sidepool_test", "DEF") as library:
+        library.define("twice(Tensor x) -> Tensor")
+        library.impl("twice", lambda x: x * 2, "CompositeExplicitAutograd")
+        torch.library.register_fake("sidepool_test::twice", torch.empty_like, lib=library)
+        model = Small(lambda self, ids: torch.ops.sidepool_test.twice(self.top(self.table(ids))))
+        refused(tmp_path, model, IDS, r"(?s)found operator sidepool_test.twice.default \(File .*test_partition_errors.*remedy")
+
+
+def chosen(self: Small, ids: Tensor) -> Tensor:
+    found, some = torch.zeros(ids.shape[0], 1), ids > 0
+    if ids[some].shape[0] == 0:
+        return found
+    found[some] = self.top(self.table(ids[some]))
+    return found
+
+
+def test_examples_must_hold_samples_that_the_model_leaves_out(tmp_path: Path) -> None:
+    refused(tmp_path, Small(chosen), IDS, r"(?s)leaves samples out by a mask, but none of these.*remedy: add a sample")
+    partition_model(Small(chosen), torch.tensor([0, 1, 2]), tmp_path / "out", name="m", sidecars=1)
 
 
 @pytest.mark.parametrize(
@@ -191,6 +214,33 @@ def test_renormalised_tables_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("sidecars", [0, 2, -1])
 def test_more_sidecars_than_tables_are_refused(tmp_path: Path, sidecars: int) -> None:
     refused(tmp_path, Small(), IDS, f"sidecars: found {sidecars}; allowed: 1 to 1", PlanError, sidecars=sidecars)
+
+
+class Optional(nn.Module):
+    """A table that is looked up only where an input is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.more = nn.Embedding(10, 4), nn.Embedding(100, 4)
+
+    def forward(self, ids: Tensor, more: Tensor | None = None) -> Tensor:
+        return self.table(ids) if more is None else self.table(ids) + self.more(more)
+
+
+def test_examples_that_do_not_reach_a_table_are_refused(tmp_path: Path) -> None:
+    refused(tmp_path, Optional(), IDS, r"(?s)do not reach the table more, and leave out more; .*remedy: give what is left out")
+
+
+@pytest.mark.parametrize(
+    ("allowed", "match"),
+    [
+        (1599, r"(?s)found 1599; sidecar-0 needs 1600.*remedy: a narrower row_format: the largest table alone needs more"),
+        (1700, r"(?s)found 1700; sidecar-0 needs 1760 .*remedy: more sidecars \(at least 2\), or a narrower row_format"),
+    ],
+)
+def test_a_plan_that_needs_more_memory_than_a_sidecar_has_is_refused(tmp_path: Path, allowed: int, match: str) -> None:
+    refused(tmp_path, Optional(), (IDS, IDS), match, PlanError, sidecar_bytes=allowed, sidecars=2 if allowed < 1600 else 1)
+    partition_model(Optional(), (IDS, IDS), tmp_path / "out", name="m", sidecars=2, sidecar_bytes=1600)
 
 
 @pytest.mark.parametrize(

@@ -75,8 +75,9 @@ def small_plan(**feature: object) -> Plan:
 
 
 def test_a_padding_index_that_is_no_row_is_refused() -> None:
-    with pytest.raises(PlanError, match=r"features\.0\.padding_index: found 10; allowed: 0 to 9, a row of its table"):
-        validate_plan(small_plan(padding_index=10))
+    validate_plan(small_plan(padding_index=10))  # the number of rows: nothing but padding
+    with pytest.raises(PlanError, match=r"features\.0\.padding_index: found 11; allowed: 0 to 10, a row of its table or"):
+        validate_plan(small_plan(padding_index=11))
     with pytest.raises(PlanError, match=r"features\.0\.padding_index: found -1"):
         small_plan(padding_index=-1)
 

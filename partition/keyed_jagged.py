@@ -1,0 +1,89 @@
+"""Models over TorchRec's `KeyedJaggedTensor`: captured as models over plain tensors, a bag per key and sample."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from sidepool.wire.errors import CutError, LookupRejected
+from sidepool.wire.keyed_jagged import is_keyed_jagged, plain_tensors
+
+
+@dataclass(frozen=True)
+class PlainArguments:
+    """A model's example arguments with every `KeyedJaggedTensor` as nested dicts of tensors."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    keys: tuple[str | None, ...]
+    """Per tensor: the key whose ids it holds, None for any other tensor."""
+
+
+@contextmanager
+def plain_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[PlainArguments]:
+    """While this is open, `model` takes plain tensors where it takes a `KeyedJaggedTensor`; raises `CutError`."""
+    leaves, tree = pytree.tree_flatten((args, kwargs), is_leaf=is_keyed_jagged)
+    keyed = {i: leaf for i, leaf in enumerate(leaves) if is_keyed_jagged(leaf)}
+    try:
+        plain = [plain_tensors(leaf) if i in keyed else leaf for i, leaf in enumerate(leaves)]
+    except LookupRejected as e:
+        raise CutError(f"example inputs: {e}") from e
+    keys: list[str | None] = []
+    for i, leaf in enumerate(plain):
+        keys += [key if what == "values" else None for key, bag in leaf.items() for what in bag] if i in keyed else [None]
+    plain_args, plain_kwargs = pytree.tree_unflatten(plain, tree)
+    if not keyed:
+        yield PlainArguments(plain_args, plain_kwargs, tuple(keys))
+        return
+    own, given = model.forward, "forward" in vars(model)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        found = pytree.tree_flatten((args, kwargs), is_leaf=_is_plain_bags)[0]
+        again = [_keyed_jagged(keyed[i], leaf) if i in keyed else leaf for i, leaf in enumerate(found)]
+        args, kwargs = pytree.tree_unflatten(again, tree)
+        return own(*args, **kwargs)
+
+    # Names of the inputs come from the signature.
+    forward.__signature__ = inspect.signature(own)  # type: ignore[attr-defined]
+    model.forward = forward
+    try:
+        yield PlainArguments(plain_args, plain_kwargs, tuple(keys))
+    finally:
+        if given:
+            model.forward = own
+        else:
+            del model.forward
+
+
+def _is_plain_bags(value: object) -> bool:
+    return isinstance(value, dict) and bool(value) and all(isinstance(v, dict) and "offsets" in v for v in value.values())
+
+
+def _keyed_jagged(example: Any, bags: dict[str, dict[str, Tensor]]) -> Any:
+    """`bags` as TorchRec's own type, cut into keys already: cutting it would depend on the data."""
+    jagged_type = type(next(iter(example.to_dict().values())))
+    parts = {
+        key: jagged_type(values=bag["values"], weights=bag.get("weights"), lengths=_lengths(bag), offsets=bag["offsets"])
+        for key, bag in bags.items()
+    }
+    weights = [bag["weights"] for bag in bags.values() if "weights" in bag]
+    return type(example)(
+        keys=list(parts),
+        values=torch.cat([bag["values"] for bag in bags.values()]),
+        weights=torch.cat(weights) if weights else None,
+        lengths=torch.cat([part.lengths() for part in parts.values()]),
+        stride=next(iter(bags.values()))["offsets"].shape[0] - 1,
+        length_per_key=[bag["values"].shape[0] for bag in bags.values()],
+        jt_dict=parts,
+    )
+
+
+def _lengths(bag: dict[str, Tensor]) -> Tensor:
+    return bag["offsets"][1:] - bag["offsets"][:-1]
