@@ -42,6 +42,7 @@ struct Avx2 {
     return widen_nibbles(part(p, size_t(n + 1) / 2));
   }
   static inline void store(std::byte* p, Float x) { _mm256_storeu_ps(reinterpret_cast<float*>(p), x); }
+  static inline void stream(std::byte* p, Float x) { _mm256_stream_ps(reinterpret_cast<float*>(p), x); }
   static inline void store_part(std::byte* p, Float x, int64_t n) {
     _mm256_maskstore_ps(reinterpret_cast<float*>(p), lanes(n), x);
   }

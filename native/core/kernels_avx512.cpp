@@ -48,6 +48,7 @@ struct Avx512 {
     return widen_nibbles(_mm_maskz_loadu_epi8(lanes((n + 1) / 2), p));
   }
   static inline void store(std::byte* p, Float x) { _mm512_storeu_ps(p, x); }
+  static inline void stream(std::byte* p, Float x) { _mm512_stream_ps(reinterpret_cast<float*>(p), x); }
   static inline void store_part(std::byte* p, Float x, int64_t n) { _mm512_mask_storeu_ps(p, lanes(n), x); }
   static inline void store_half(std::byte* p, Float x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_to_halves(x));

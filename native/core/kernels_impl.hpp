@@ -7,7 +7,7 @@
 #include <algorithm>
 #include <numeric>
 
-#include "kernels.hpp"
+#include "kernels_values.hpp"
 
 namespace sidepool::kernels {
 namespace {
@@ -173,160 +173,9 @@ class RowStream {
   Fetched fetched_;
 };
 
-// How rows are stored: `open` reads what a row says about itself, `load` gives its columns.
-template <class Vector>
-struct Fp32 {
-  using Row = const std::byte*;
-  static constexpr bool converts = false;
-  static constexpr int64_t row_bytes(int64_t dim) { return dim * 4; }
-  static inline Row open(const std::byte* row, int64_t) { return row; }
-  static inline auto load(Row row, int64_t column) { return Vector::load(row + column * 4); }
-  static inline auto load_part(Row row, int64_t column, int64_t n) { return Vector::load_part(row + column * 4, n); }
-};
-
-template <class Vector>
-struct Fp16 {
-  using Row = const std::byte*;
-  static constexpr bool converts = true;
-  static constexpr int64_t row_bytes(int64_t dim) { return dim * 2; }
-  static inline Row open(const std::byte* row, int64_t) { return row; }
-  static inline auto load(Row row, int64_t column) { return Vector::load_half(row + column * 2); }
-  static inline auto load_part(Row row, int64_t column, int64_t n) {
-    return Vector::load_half_part(row + column * 2, n);
-  }
-};
-
-template <class Vector>
-struct Bf16 {
-  using Row = const std::byte*;
-  static constexpr bool converts = true;
-  static constexpr int64_t row_bytes(int64_t dim) { return dim * 2; }
-  static inline Row open(const std::byte* row, int64_t) { return row; }
-  static inline auto load(Row row, int64_t column) { return Vector::load_bfloat(row + column * 2); }
-  static inline auto load_part(Row row, int64_t column, int64_t n) {
-    return Vector::load_bfloat_part(row + column * 2, n);
-  }
-};
-
-template <class Vector>
-struct QuantisedRow {
-  const std::byte* data;
-  typename Vector::Float scale;
-  typename Vector::Float bias;
-
-  inline auto value(typename Vector::Float q) const { return Vector::multiply_add(q, scale, bias); }
-};
-
-template <class Vector>
-struct Int8 {
-  using Row = QuantisedRow<Vector>;
-  static constexpr bool converts = true;
-  static constexpr int64_t row_bytes(int64_t dim) { return dim + 8; }
-  static inline Row open(const std::byte* row, int64_t dim) {
-    float scale, bias;
-    __builtin_memcpy(&scale, row + dim, sizeof scale);
-    __builtin_memcpy(&bias, row + dim + sizeof scale, sizeof bias);
-    return {row, Vector::broadcast(scale), Vector::broadcast(bias)};
-  }
-  static inline auto load(const Row& row, int64_t column) { return row.value(Vector::load_bytes(row.data + column)); }
-  static inline auto load_part(const Row& row, int64_t column, int64_t n) {
-    return row.value(Vector::load_bytes_part(row.data + column, n));
-  }
-};
-
-template <class Vector>
-struct Int4 {
-  using Row = QuantisedRow<Vector>;
-  static constexpr bool converts = true;
-  static constexpr int64_t row_bytes(int64_t dim) { return (dim + 1) / 2 + 4; }
-  static inline Row open(const std::byte* row, int64_t dim) {
-    const std::byte* scale_bias = row + (dim + 1) / 2;
-    return {row, Vector::broadcast(Vector::half(scale_bias)), Vector::broadcast(Vector::half(scale_bias + 2))};
-  }
-  static inline auto load(const Row& row, int64_t column) {
-    return row.value(Vector::load_nibbles(row.data + column / 2));
-  }
-  static inline auto load_part(const Row& row, int64_t column, int64_t n) {
-    return row.value(Vector::load_nibbles_part(row.data + column / 2, n));
-  }
-};
-
-// How rows are combined. Where a bag has several rows, `next` may take the first like any other, if `start` allows it:
-// adding to -0 changes no number. Of a bag of one row the bits are kept, even of a signalling NaN.
-template <class Vector>
-struct Sum {
-  using Float = typename Vector::Float;
-  static constexpr bool weighted = false;
-  static constexpr bool starts = true;
-  static inline Float start() { return Vector::broadcast(-0.0f); }
-  static inline Float next(Float sum, Float row, float, bool first) { return first ? row : sum + row; }
-};
-
-template <class Vector>
-struct WeightedSum {
-  using Float = typename Vector::Float;
-  static constexpr bool weighted = true;
-  static constexpr bool starts = true;
-  static inline Float start() { return Vector::broadcast(-0.0f); }
-  static inline Float next(Float sum, Float row, float weight, bool) {
-    return Vector::multiply_add(row, Vector::broadcast(weight), sum);
-  }
-};
-
-// As torch: `row > best ? row : best`, so a NaN in the first row stays and a later one is passed over.
-template <class Vector>
-struct Max {
-  using Float = typename Vector::Float;
-  static constexpr bool weighted = false;
-  static constexpr bool starts = false;
-  static inline Float start() { return Vector::broadcast(0.0f); }
-  static inline Float next(Float best, Float row, float, bool first) {
-    return first ? row : Vector::greater(row, best);
-  }
-};
-
-// How results are stored: the only place where they are rounded.
-template <class Vector>
-struct ToFp32 {
-  using Float = typename Vector::Float;
-  static constexpr int64_t bytes = 4;
-  static inline void store(std::byte* out, Float x) { Vector::store(out, x); }
-  static inline void store_part(std::byte* out, Float x, int64_t n) { Vector::store_part(out, x, n); }
-};
-
-template <class Vector>
-struct ToFp16 {
-  using Float = typename Vector::Float;
-  static constexpr int64_t bytes = 2;
-  static inline void store(std::byte* out, Float x) { Vector::store_half(out, x); }
-  static inline void store_part(std::byte* out, Float x, int64_t n) { Vector::store_half_part(out, x, n); }
-};
-
-template <class Vector>
-struct ToBf16 {
-  using Float = typename Vector::Float;
-  static constexpr int64_t bytes = 2;
-  static inline void store(std::byte* out, Float x) { Vector::store_bfloat(out, x); }
-  static inline void store_part(std::byte* out, Float x, int64_t n) { Vector::store_bfloat_part(out, x, n); }
-};
-
-// Chosen where a result is stored and not per feature: a branch that is always predicted costs less than three times the
-// code.
-template <class Vector, class Use>
-[[gnu::always_inline]] inline void with_output(OutputFormat output, Use use) {
-  switch (output) {
-    case OutputFormat::fp32:
-      return use(ToFp32<Vector>());
-    case OutputFormat::fp16:
-      return use(ToFp16<Vector>());
-    case OutputFormat::bf16:
-      return use(ToBf16<Vector>());
-  }
-}
-
 // Stores a row of `dim` columns: `whole` and `part` give the vector, or the n columns, from a column on.
 template <class Vector, class Whole, class Part>
-inline void store_row(OutputFormat output, std::byte* out, int64_t dim, Whole whole, Part part) {
+inline void store_row(Output output, std::byte* out, int64_t dim, Whole whole, Part part) {
   with_output<Vector>(output, [&](auto as) __attribute__((always_inline)) {
     int64_t c = 0;
     for (; c + Vector::width <= dim; c += Vector::width) as.store(out + c * as.bytes, whole(c));
@@ -335,7 +184,7 @@ inline void store_row(OutputFormat output, std::byte* out, int64_t dim, Whole wh
 }
 
 template <class Vector>
-inline void store_zeros(OutputFormat output, std::byte* out, int64_t dim) {
+inline void store_zeros(Output output, std::byte* out, int64_t dim) {
   const auto zero = Vector::broadcast(0.0f);
   store_row<Vector>(output, out, dim, [&](int64_t) { return zero; }, [&](int64_t, int64_t) { return zero; });
 }
@@ -410,11 +259,11 @@ struct InBlocks {
       add_group(group, sum, task.dim);
       count += group.size;
     }
-    if (count == 0) return store_zeros<Vector>(task.output, out, task.dim);
+    if (count == 0) return store_zeros<Vector>(Output(task), out, task.dim);
     if (task.pooling == Pooling::mean && count > 1) divide(sum, task.dim, float(count));
     if (sum == out) return;
     store_row<Vector>(
-        task.output, out, task.dim, [&](int64_t c) { return Vector::load(sum + c * 4); },
+        Output(task), out, task.dim, [&](int64_t c) { return Vector::load(sum + c * 4); },
         [&](int64_t c, int64_t n) { return Vector::load_part(sum + c * 4, n); });
   }
 
@@ -472,7 +321,7 @@ struct InRegisters {
   // Pools the bags of ids `i` to `end`, one each: returns where it stopped, see RowStream::run.
   static int64_t copy(const PoolTask& task, RowStream& rows, int64_t i, int64_t end, std::byte* out) {
     const int64_t stride = task.out_stride_bytes;
-    const OutputFormat output = task.output;
+    const Output output(task);
     return rows.template run<kRowBytes>(
         i, end, [&out, stride, output](int64_t, const std::byte* row) __attribute__((always_inline)) {
           const auto opened = Format::open(row, kDim);
@@ -510,7 +359,7 @@ struct InRegisters {
       const Float divisor = Vector::broadcast(float(end - begin));
       for (int v = 0; v < N; ++v) sum[v] = sum[v] / divisor;
     }
-    with_output<Vector>(task.output, [&](auto as) __attribute__((always_inline)) {
+    with_output<Vector>(Output(task), [&](auto as) __attribute__((always_inline)) {
       for (int v = 0; v < N; ++v) as.store(out + v * Vector::width * as.bytes, sum[v]);
     });
   }
@@ -529,7 +378,7 @@ struct Unpooled {
       bag.next = one.next;
       if (task.reason != Reason::none) return;
       if (row == nullptr) {
-        store_zeros<Vector>(task.output, out, task.dim);
+        store_zeros<Vector>(Output(task), out, task.dim);
       } else {
         copy(task, Format::open(row, task.dim), out);
       }
@@ -538,7 +387,7 @@ struct Unpooled {
 
   static inline void copy(const PoolTask& task, const typename Format::Row& row, std::byte* out) {
     store_row<Vector>(
-        task.output, out, task.dim, [&](int64_t c) { return Format::load(row, c); },
+        Output(task), out, task.dim, [&](int64_t c) { return Format::load(row, c); },
         [&](int64_t c, int64_t n) { return Format::load_part(row, c, n); });
   }
 };

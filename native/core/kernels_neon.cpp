@@ -50,6 +50,7 @@ struct Neon {
     return Float{float(q[0] & 15), float(q[0] >> 4), float(q[1] & 15), float(q[1] >> 4)};
   }
   static inline void store(std::byte* p, Float x) { __builtin_memcpy(p, &x, sizeof x); }
+  static inline void stream(std::byte* p, Float x) { store(p, x); }
   static inline void store_part(std::byte* p, Float x, int64_t n) { __builtin_memcpy(p, &x, size_t(n) * 4); }
   static inline void store_half(std::byte* p, Float x) { store_half_part(p, x, width); }
   static inline void store_half_part(std::byte* p, Float x, int64_t n) {

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <fstream>
 
 #include "kernels.hpp"
 #include "lookahead.hpp"
@@ -122,6 +123,10 @@ PoolTask pool_task(const Table& table, Pooling pooling, const BagInput& input, v
 
 Fault pool(PoolTask& task, Lookahead& ahead, PoolCounts& counts) {
   if (task.base != nullptr) current_level().pool(task, ahead);
+#if defined(__x86_64__)
+  // Streamed stores are weakly ordered: whoever is told that the task is done must see them.
+  if (task.streamed) __builtin_ia32_sfence();
+#endif
   counts.rows_read += task.rows_read;
   counts.out_of_range += task.out_of_range;
   return fault_of(task);
@@ -137,6 +142,26 @@ Fault fault_of(const PoolTask& task) {
     fault.value = task.value;
   }
   return fault;
+}
+
+size_t last_level_cache_bytes() {
+  size_t largest = 0;
+  for (int index = 0;; ++index) {
+    std::ifstream file("/sys/devices/system/cpu/cpu0/cache/index" + std::to_string(index) + "/size");
+    size_t kib = 0;
+    if (!(file >> kib)) break;  // "32768K"
+    largest = std::max(largest, kib << 10);
+  }
+  return largest > 0 ? largest : size_t(32) << 20;
+}
+
+void stream_results(PoolTask* tasks, size_t count, size_t bytes, size_t cache_bytes) {
+  if (bytes <= cache_bytes) return;
+  for (PoolTask* task = tasks; task < tasks + count; ++task) {
+    const bool whole_lines = reinterpret_cast<uintptr_t>(task->out) % kernels::kLineBytes == 0 &&
+                             task->out_stride_bytes % kernels::kLineBytes == 0 && task->dim * 4 % kernels::kLineBytes == 0;
+    task->streamed = whole_lines && task->output == OutputFormat::fp32;
+  }
 }
 
 Fault pool_feature(const Table& table, Pooling pooling, const BagInput& input, void* out, int64_t out_stride,

@@ -48,6 +48,7 @@ struct PoolTask {
   OutOfRange policy;
   Pooling pooling;
   OutputFormat output;
+  bool streamed;  // results go past the caches: set by stream_results
 
   Reason reason;  // none: the whole feature was pooled
   int64_t bag;
@@ -59,6 +60,14 @@ struct PoolTask {
 // `out` gets values of `output`, at any alignment; rows begin `out_stride` values apart.
 PoolTask pool_task(const Table& table, Pooling pooling, const BagInput& input, void* out, int64_t out_stride,
                    OutputFormat output = OutputFormat::fp32, int64_t padding_index = kNoPadding);
+
+// The last-level cache of this machine, bytes; 32 MiB where the kernel does not tell.
+size_t last_level_cache_bytes();
+
+// Lets the results of all tasks, `bytes` together, be written past the caches where they are fp32, do not fit
+// `cache_bytes`, and their rows fill whole cache lines. Whoever reads so much finds nothing of it in a cache either way,
+// and the lines need not be fetched to be written. Call before the first is pooled.
+void stream_results(PoolTask* tasks, size_t count, size_t bytes, size_t cache_bytes);
 
 // Starts fetching rows ahead of their use, over all features of a request: it stands some rows in front of the
 // pooling, often in a later feature. Pass the same one to pool() for task after task, first to last.

@@ -11,6 +11,7 @@ namespace {
 
 // Twice the engines that a sidecar may have; bounds what an engine keeps for cutting (about 100 KiB).
 constexpr int64_t kMaxPieces = 512;
+const size_t kCacheBytes = last_level_cache_bytes();
 
 // Walks the sections of a request feature by feature.
 class BagCursor {
@@ -95,6 +96,7 @@ Fault plan_features(const TableSet& tables, const ServeInput& input, Plan& plan)
     used += block;
     plan.ends.push_back(used);
   }
+  stream_results(plan.features.data(), plan.features.size(), used, kCacheBytes);
   return {};
 }
 

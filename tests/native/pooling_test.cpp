@@ -559,6 +559,36 @@ void every_half_widens_exactly() {
   }
 }
 
+std::vector<float> pooled(const Rows& rows, Pooling pooling, const Bags& bags, size_t cache_bytes, bool& streamed) {
+  const size_t out_rows = pooling == Pooling::none ? bags.values.size() : bags.lengths.size();
+  const size_t bytes = std::max(out_rows * size_t(rows.dim) * sizeof(float), sizeof(float));
+  const std::unique_ptr<void, void (*)(void*)> out(std::aligned_alloc(64, (bytes + 63) / 64 * 64), std::free);
+  PoolTask task = pool_task(rows.table, pooling, bags.input(false), out.get(), rows.dim);
+  stream_results(&task, 1, bytes, cache_bytes);
+  streamed = task.streamed;
+  Lookahead ahead(&task, 1);
+  PoolCounts counts;
+  expect(pool(task, ahead, counts).status == Status::ok, "refused");
+  const auto* values = static_cast<const float*>(out.get());
+  return {values, values + out_rows * size_t(rows.dim)};
+}
+
+void results_that_exceed_the_cache_are_the_same() {
+  expect(last_level_cache_bytes() >= 64 << 10, "a last-level cache");
+  for (const int32_t dim : {15, 16, 32, 48, 64, 100, 128, 256, 400}) {
+    for (const RowFormat format : kFormats) {
+      for (const Pooling pooling : kPoolings) {
+        const Rows rows(41, dim, format);
+        const Bags bags = random_bags(rows.rows, 30, 4);
+        bool cached = true, past = false;
+        const std::vector<float> want = pooled(rows, pooling, bags, size_t(1) << 40, cached);
+        expect(pooled(rows, pooling, bags, 1, past) == want, "values");
+        expect(!cached && past == (dim % 16 == 0), "streamed where rows fill lines");
+      }
+    }
+  }
+}
+
 void rows_are_added_in_the_order_of_their_ids() {
   // 1e8 + 1 - 1e8 depends on the order in fp32: left to right it is 0, any other way it is 1.
   for (const int32_t dim : {3, 64, 72, 1024}) {
@@ -867,6 +897,7 @@ int main() {
     RUN_AT(level, rows_past_2_31_of_tables_past_2_32_elements_are_found);
     RUN_AT(level, every_half_widens_exactly);
     RUN_AT(level, rows_are_added_in_the_order_of_their_ids);
+    RUN_AT(level, results_that_exceed_the_cache_are_the_same);
     RUN_AT(level, max_treats_nan_as_torch_does);
     RUN_AT(level, a_peer_that_rewrites_ids_and_lengths_cannot_cause_a_bad_access);
     RUN_AT(level, promotion_changes_no_answer_while_lookups_run);
