@@ -27,6 +27,8 @@ from sidepool.wire.plan import Plan
 SOCKET_NAME = "lane.sock"
 # What SIGHUP applies; everything else is fixed when threads, ports and lanes are made.
 RELOADABLE = {"log_level", "plan", "shards", "verify", "promote"}
+# Within a second a signal that another thread caught is obeyed; waking so rarely costs nothing.
+WAKE_S = 1.0
 
 
 class SidecarProcess:
@@ -82,7 +84,7 @@ class SidecarProcess:
     def _obey(self, stack: contextlib.ExitStack) -> None:
         """The main loop: one event after the other until a signal asks to stop."""
         while True:
-            event = self._events.get()
+            event = self._next_event()
             if isinstance(event, Loaded):
                 self._loading = False
                 self._adopt(event, stack)
@@ -97,6 +99,13 @@ class SidecarProcess:
             if self._reload_wanted and not self._loading:
                 self._reload_wanted = False
                 self._reload()
+
+    def _next_event(self) -> Loaded | LoadFailed | signal.Signals:
+        # The kernel may give a signal to any thread (one that follows SIGCONT at once, it does); its handler runs when this
+        # thread wakes, which nothing but an event or this timeout makes it do.
+        while True:
+            with contextlib.suppress(queue.Empty):
+                return self._events.get(timeout=WAKE_S)
 
     def _planned(self, plan: Plan) -> None:
         """On the loader's thread: while its shards are loaded, the first plan's model is known and not healthy."""
