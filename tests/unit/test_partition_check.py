@@ -93,4 +93,4 @@ def test_what_is_wrong_is_named(
 @pytest.mark.parametrize("words", [[], ["m:f"], ["--out", "o"], ["m:f", "--check", "d"], ["--check", "d", "--calibrate", "f"]])
 def test_one_thing_at_a_time_is_asked_for(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["partition", *words]) == 2
-    assert "allowed: MODULE:FUNCTION with --out DIR, or --check DIR alone" in capsys.readouterr().err
+    assert "allowed: MODEL with --out DIR, or --check DIR alone" in capsys.readouterr().err
