@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from sidepool import _native
 from sidepool.client import arguments
 from sidepool.client.arguments import Part
-from sidepool.client.lanes import Lane, LaneOptions, Lanes, TlsFiles
+from sidepool.client.lanes import Lane, LaneOptions, Lanes, PoolingPlace, TlsFiles
 from sidepool.client.timings import Timings, read_timings
 from sidepool.client.trace import parse_traceparent
 from sidepool.wire.errors import LookupRejected, SidepoolError, Status, error_for
@@ -106,6 +106,8 @@ class EmbeddingClient:
         verify: bool = True,
         rdma: RdmaPath | None = None,
         rdma_engines: int = 1,
+        pooling: PoolingPlace = "sidecar",
+        hedge_budget: float = 0.0,
     ) -> Self:
         """Connect to every sidecar of `plan` (or map its shards, with `lane="local"`).
 
@@ -117,6 +119,9 @@ class EmbeddingClient:
         fixed_columns: columns `[begin, end)` of each feature in the id matrices of `lookup_fixed`; default: feature i is column i.
         name: appears in the sidecars' logs.
         rdma: device and path of the rdma lanes; rdma_engines: native threads that post and poll for them.
+        pooling: `sidecar`: each sidecar pools the rows it holds; `ranker`: rows travel and are pooled here (for comparison).
+        hedge_budget: share of subrequests that may be sent to a second replica once the first takes longer than its 95th
+          percentile; 0: only when it has failed, or taken half of the budget.
 
         Raises `TransportError` (a sidecar is down, named), `PlanError` (it serves another plan), `ShardCorrupt`, `ConfigError`.
         """
@@ -137,6 +142,8 @@ class EmbeddingClient:
             name=name,
             rdma=rdma or RdmaPath(),
             rdma_engines=rdma_engines,
+            pooling=pooling,
+            hedge_budget=hedge_budget,
         )
         return cls(plan, options, spin_us=spin_us, fixed_columns=fixed_columns)
 
@@ -147,10 +154,6 @@ class EmbeddingClient:
         self._degrades = plan.on_missing_shard is OnMissingShard.DEGRADE
         self._sequence_features = [i for i, f in enumerate(plan.features) if f.pooling is Pooling.NONE]
         self._peers = options.peers(plan)
-        holders = options.holders(plan)
-        self._features_of_peer = [
-            [f.name for f, s in zip(plan.features, holders, strict=True) if s == peer] for peer in range(len(self._peers))
-        ]
         self._native = _native.LookupClient(
             epoch=plan.epoch,
             sidecars=len(self._peers),
@@ -164,7 +167,11 @@ class EmbeddingClient:
             poolings=[str(f.pooling) for f in plan.features],
             weighted=[f.weighted for f in plan.features],
             out_of_range=[str(t.out_of_range) for t in plan.feature_tables],
-            sidecar_of_feature=np.array(holders, np.int32),
+            legs=options.legs(plan),
+            default_rows=[t.default_row for t in plan.feature_tables],
+            padding=[-1 if f.padding_index is None else f.padding_index for f in plan.features],
+            ranker_pooling=options.pooling == "ranker",
+            hedge_budget=options.hedge_budget,
         )
         self._columns = _columns(plan, fixed_columns)
         if fixed_columns is not None:
@@ -261,7 +268,7 @@ class EmbeddingClient:
             sequences = tuple(
                 self._spread(i, rows, parts, errors) for i, rows in zip(self._sequence_features, sequences, strict=True)
             )
-        return PartsResult(out, sequences, errors, self._degraded(raw_timings) if self._degrades else (), raw_timings)
+        return PartsResult(out, sequences, errors, self._degraded() if self._degrades else (), raw_timings)
 
     def stats(self) -> dict[str, Any]:
         """Counters since `connect`, see docs/metrics.md."""
@@ -356,8 +363,8 @@ class EmbeddingClient:
         where = self._peers[peer] if 0 <= peer < len(self._peers) else "lookup"
         return f"{where}: {what}"
 
-    def _degraded(self, raw_timings: NDArray[np.int64]) -> tuple[str, ...]:
-        return tuple(name for peer in self._native.degraded(raw_timings) for name in self._features_of_peer[peer])
+    def _degraded(self) -> tuple[str, ...]:
+        return tuple(self.plan.features[i].name for i in self._native.degraded())
 
 
 def _close_forgotten(lanes: Lanes, owner_pid: int) -> None:

@@ -29,6 +29,7 @@ from sidepool.wire.shard_reader import build_table_set
 from sidepool.wire.shards import MANIFEST_FILE
 
 Lane = Literal["shm", "tcp", "grpc", "rdma", "local", "auto"]
+PoolingPlace = Literal["sidecar", "ranker"]
 
 # Retries begin well below a sidecar's restart time and never come further apart than lets lookups succeed again within
 # a second of its return.
@@ -79,6 +80,8 @@ class LaneOptions:
     name: str = ""
     rdma: RdmaPath = field(default_factory=RdmaPath)
     rdma_engines: int = 1
+    pooling: PoolingPlace = "sidecar"
+    hedge_budget: float = 0.0
 
     def __post_init__(self) -> None:
         if self.lane not in get_args(Lane):
@@ -89,6 +92,10 @@ class LaneOptions:
             raise ConfigError(
                 f"shards_dir: found {[str(s) for s in self.shards]} with lane {self.lane!r}; allowed: only with lane 'local'"
             )
+        if self.pooling not in get_args(PoolingPlace):
+            raise ConfigError(f"pooling: found {self.pooling!r}; allowed: {', '.join(get_args(PoolingPlace))}")
+        if not 0 <= self.hedge_budget <= 1:
+            raise ConfigError(f"hedge_budget: found {self.hedge_budget}; allowed: 0 to 1")
         if not self.connect_timeout_s > 0:
             raise ConfigError(f"connect_timeout_s: found {self.connect_timeout_s}; allowed: above 0")
         if not 1 <= self.rdma_engines <= MAX_RDMA_ENGINES:
@@ -100,11 +107,16 @@ class LaneOptions:
             return ["this process"]
         return [f"sidecar {s.name!r} ({s.address})" for s in plan.sidecars]
 
-    def holders(self, plan: Plan) -> list[int]:
-        """The native lane that serves each feature."""
-        if self.lane == "local":
-            return [0] * len(plan.features)
-        return [plan.sidecar_of_table[plan.table_index[f.table]] for f in plan.features]
+    def legs(self, plan: Plan) -> list[tuple[int, int, int, int, int, list[int], bool]]:
+        """Every shard of every feature's table, and the native lanes that lead to it (`sidepool._native.LookupClient`)."""
+        legs = []
+        for i, feature in enumerate(plan.features):
+            table = plan.table_index[feature.table]
+            cut = plan.rows_cut(table)
+            for s in plan.placed_shards[table]:
+                holders = [0] if self.lane == "local" else list(s.sidecars)
+                legs.append((i, s.columns[0], s.column_count, s.rows[0], s.number, holders, cut))
+        return legs
 
 
 class _Outage:

@@ -50,8 +50,9 @@ class TableSet:
         docs/row-formats.md lays them out, and `dim`.
         """
     def add_feature(
-        self, feature: int, table: int, pooling: str, weighted: bool, padding_index: int | None = None
-    ) -> None: ...
+        self, feature: int, table: int, pooling: str, weighted: bool, padding_index: int | None = None, shards: int = 1
+    ) -> None:
+        """A feature whose table lies in `shards` tables of this set from `table` on; at least one must be held by `seal`."""
     def seal(self) -> None: ...
     def set_memory(self, huge_pages: str, nodes: Sequence[int]) -> None:
         """Where copies lie from now on. huge_pages: transparent, hugetlb or off. nodes: NUMA nodes that rows are spread over page
@@ -171,9 +172,17 @@ class LookupClient:
     def __init__(
         self, *, epoch: int, sidecars: int, spin_us: int, degrade: bool,
         rows: NDArray[np.int64], dims: NDArray[np.int32], poolings: Sequence[str], weighted: Sequence[bool],
-        out_of_range: Sequence[str], sidecar_of_feature: NDArray[np.int32],
+        out_of_range: Sequence[str], sidecar_of_feature: NDArray[np.int32] | None = None,
+        legs: Sequence[tuple[int, int, int, int, int, Sequence[int], bool]] = (),
+        default_rows: Sequence[int] = (), padding: Sequence[int] = (), ranker_pooling: bool = False, hedge_budget: float = 0.0,
     ) -> None:
-        """Everything is per feature, in plan order: rows and dim of its table, pooling, policy, holder."""
+        """Most is per feature, in plan order: rows and dim of its table, pooling, policy, default row, padding index (-1: none).
+
+        Where tables lie: `sidecar_of_feature`, whole tables; or `legs`, one per shard of each feature's table, by feature,
+        columns and rows: feature, first column, columns, first row, shard number, sidecars with a replica, and whether the
+        rows of the table are cut (then all its legs say so, and ids are settled and sorted here).
+        ranker_pooling: sidecars answer with rows. hedge_budget: second subrequests sent early, as a share of all.
+        """
     def set_fixed_columns(self, begins: NDArray[np.int32], widths: NDArray[np.int32]) -> None:
         """Where each feature's ids lie in a fixed-width id matrix (see `lookup`). Default: feature f is column f."""
     def attach_local(self, sidecar: int, tables: TableSet) -> None: ...
@@ -226,15 +235,15 @@ class LookupClient:
         timings: `[1 + sidecars, 6]` written: row 0 is route_ns, wait_ns, merge_ns, total_ns, chunks, 0;
           row 1 + s is `CLIENT_TIMING_FIELDS` for sidecar s (the slowest chunk's times, bytes summed).
         Returns `(status, sidecar)`: status of the lookup as a whole (a failed sidecar's, else OK) and the sidecar at
-        fault or -1. Under `degrade` a lost sidecar's features are zero and `degraded()` names them.
+        fault or -1. Under `degrade` rows that nobody answers for are as if their ids were absent, and `degraded()` names the features.
         """
     def repeat(self, ids: NDArray[np.int64], count: int, threads: int) -> int:
         """Look the id matrix `[B, features]` up `count` times from `threads` native threads: nanoseconds for all (benchmarks).
 
         Raises `NativeError` with the status of the first lookup that fails. Pooled features only.
         """
-    def degraded(self, timings: NDArray[np.int64]) -> list[int]:
-        """Sidecars whose features were filled with zeros in the lookup that wrote `timings`."""
+    def degraded(self) -> list[int]:
+        """Features that lost rows, because nobody answered for them, in the calling thread's last lookup."""
     def stats(self) -> dict[str, Any]:
         """Counters: lookups, per-lane sent/received frames and bytes, credit waits, lanes lost, statuses."""
     def close(self) -> None:

@@ -4,6 +4,7 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include "binding_rdma.hpp"
@@ -140,6 +141,10 @@ nb::dict client_stats(LookupClient& client) {
   d["lookups"] = t.lookups.load();
   d["samples"] = t.samples.load();
   d["refused_parts"] = t.refused_parts.load();
+  d["out_of_range"] = t.out_of_range.load();
+  d["failovers"] = t.failovers.load();
+  d["hedges"] = t.hedges.load();
+  d["degraded"] = t.degraded.load();
   nb::dict statuses;
   for (size_t s = 0; s < kStatusCount; ++s) statuses[status_name(s)] = t.statuses[s].load();
   d["statuses"] = statuses;
@@ -151,6 +156,7 @@ nb::dict client_stats(LookupClient& client) {
     l["alive"] = lane && !lane->dead();
     l["kind"] = lane ? lane->kind() : "";
     l["lost"] = lane && lane->dead() ? lane->why_lost() : "";
+    l["in_flight_bytes"] = client.in_flight_bytes(int32_t(s));
     if (lane) {
       const auto& c = lane->counters();
       l["sent"] = c.sent.load();
@@ -178,17 +184,35 @@ int32_t check_sidecar(const LookupClient& client, int64_t sidecar) {
   return int32_t(sidecar);
 }
 
-std::shared_ptr<LookupClient> make_client(int64_t epoch, int64_t sidecars, uint32_t spin_us, bool degrade, Array<int64_t> rows,
+// Per leg: feature, first column, columns, first row, shard, holders, whether the rows of its table are cut.
+using PyLeg = std::tuple<int32_t, int32_t, int32_t, int64_t, int32_t, std::vector<int32_t>, bool>;
+
+void add_leg(Routes& routes, const PyLeg& leg) {
+  const auto& [feature, column, columns, row, shard, holders, cut] = leg;
+  const RoutedFeature& routed = routes.features.back();
+  bool valid = column >= 0 && columns >= 1 && columns <= routed.dim - column && row >= 0 && row < routed.rows && shard >= 0 &&
+               shard <= UINT16_MAX && !holders.empty();
+  for (const int32_t holder : holders) valid &= holder >= 0 && holder < routes.sidecars;
+  if (!valid) throw nb::value_error("legs: out of range");
+  routes.add_leg(column, columns, row, uint16_t(shard), holders, cut);
+}
+
+std::shared_ptr<LookupClient> make_client(int64_t epoch, int32_t sidecars, uint32_t spin_us, bool degrade, Array<int64_t> rows,
                                           Array<int32_t> dims, const std::vector<std::string>& poolings, const std::vector<bool>& weighted,
-                                          const std::vector<std::string>& policies, Array<int32_t> holders) {
+                                          const std::vector<std::string>& policies, std::optional<Array<int32_t>> holders,
+                                          const std::vector<PyLeg>& legs, const std::vector<int64_t>& default_rows,
+                                          const std::vector<int64_t>& padding, bool ranker_pooling, double hedge_budget) {
   const size_t n = rows.shape(0);
-  if (n == 0 || dims.shape(0) != n || poolings.size() != n || weighted.size() != n || policies.size() != n || holders.shape(0) != n)
-    throw nb::value_error("per-feature arrays differ in length");
+  const bool settled = legs.empty() || (default_rows.size() == n && padding.size() == n);
+  if (n == 0 || dims.shape(0) != n || poolings.size() != n || weighted.size() != n || policies.size() != n || !settled ||
+      (holders && holders->shape(0) != n) || holders.has_value() == !legs.empty())
+    throw nb::value_error("per-feature arrays differ in length, or neither or both of sidecar_of_feature and legs are given");
   if (sidecars < 1 || sidecars > 4096) throw nb::value_error("sidecars: 1 to 4096");
+  if (!(hedge_budget >= 0 && hedge_budget <= 1)) throw nb::value_error("hedge_budget: 0 to 1");
   Routes routes;
-  routes.of_sidecar.resize(size_t(sidecars));
-  int64_t column = 0;
-  int32_t sequence = 0;
+  routes.sidecars = sidecars;
+  routes.rows_travel = ranker_pooling;
+  size_t next = 0;
   for (size_t f = 0; f < n; ++f) {
     RoutedFeature feature;
     feature.rows = rows.data()[f];
@@ -196,22 +220,17 @@ std::shared_ptr<LookupClient> make_client(int64_t epoch, int64_t sidecars, uint3
     feature.pooling = as_pooling(poolings[f]);
     feature.weighted = weighted[f];
     feature.policy = parse_out_of_range(policies[f]);
-    feature.sidecar = holders.data()[f];
-    feature.fixed_begin = int32_t(f);
-    if (feature.rows < 1 || feature.dim < 1 || feature.sidecar < 0 || feature.sidecar >= sidecars)
-      throw nb::value_error("rows, dims or sidecar_of_feature out of range");
-    if (feature.pooling == Pooling::none) {
-      feature.sequence = sequence++;
-    } else {
-      feature.out_column = column;
-      column += feature.dim;
-    }
-    routes.any_weighted |= feature.weighted;
-    routes.of_sidecar[size_t(feature.sidecar)].push_back(int32_t(f));
-    routes.features.push_back(feature);
+    if (f < default_rows.size()) feature.default_row = default_rows[f];
+    if (f < padding.size()) feature.padding_index = padding[f];
+    if (feature.rows < 1 || feature.dim < 1 || feature.default_row < 0 || feature.default_row >= feature.rows)
+      throw nb::value_error("rows, dims or default_rows out of range");
+    routes.add_feature(feature);
+    if (holders) add_leg(routes, {int32_t(f), 0, feature.dim, 0, 0, {holders->data()[f]}, false});
+    const size_t first = next;
+    for (; next < legs.size() && std::get<0>(legs[next]) == int32_t(f); ++next) add_leg(routes, legs[next]);
+    if (!holders && next == first) throw nb::value_error("legs: every feature needs one, in feature order");
   }
-  routes.max_fixed_column = int32_t(n);
-  return std::make_shared<LookupClient>(epoch, std::move(routes), spin_us, degrade);
+  return std::make_shared<LookupClient>(epoch, std::move(routes), spin_us, degrade, hedge_budget);
 }
 
 // An array as it is: a converted copy would be gone before the lookup reads it, or take the results with it.
@@ -379,8 +398,11 @@ nb::dict inspect_frame(nb::bytes bytes) {
       f["feature"] = e.feature;
       nb::list l, v, w;
       if (e.fixed_length < 0)
-        for (uint32_t b = 0; b < r.header.batch; ++b) l.append(*lengths++);
+        for (uint32_t b = 0; b < e.bag_count(r.header.batch); ++b) l.append(*lengths++);
       for (uint64_t i = 0; i < e.value_count; ++i) v.append(*values++);
+      f["shard"] = e.shard;
+      f["bags"] = e.bags;
+      f["flags"] = e.flags;
       f["fixed_length"] = e.fixed_length;
       f["lengths"] = l;
       f["values"] = v;
@@ -522,9 +544,9 @@ NB_MODULE(_native, m) {
             self.set->add_copy(table, rows.data(), int64_t(rows.shape(0)), dim, format, parse_out_of_range(policy), default_row);
           }, "table"_a, "rows"_a, "out_of_range"_a, "default_row"_a, "row_format"_a = "", "dim"_a = 0)
       .def("add_feature", [](PyTables& self, int32_t feature, int32_t table, const std::string& pooling, bool weighted,
-                             std::optional<int64_t> padding_index) {
-            self.set->add_feature(feature, table, as_pooling(pooling), weighted, padding_index.value_or(kNoPadding));
-          }, "feature"_a, "table"_a, "pooling"_a, "weighted"_a, "padding_index"_a = nb::none())
+                             std::optional<int64_t> padding_index, int32_t shards) {
+            self.set->add_feature(feature, table, as_pooling(pooling), weighted, padding_index.value_or(kNoPadding), shards);
+          }, "feature"_a, "table"_a, "pooling"_a, "weighted"_a, "padding_index"_a = nb::none(), "shards"_a = 1)
       .def("seal", [](PyTables& self) { self.set->seal(); })
       .def("set_memory", [](PyTables& self, const std::string& huge_pages, const std::vector<int>& nodes) {
             self.set->set_memory({parse_huge_pages(huge_pages), nodes});
@@ -596,7 +618,9 @@ NB_MODULE(_native, m) {
 
   nb::class_<LookupClient> client_class(m, "LookupClient");
   client_class.def(nb::new_(&make_client), nb::kw_only(), "epoch"_a, "sidecars"_a, "spin_us"_a, "degrade"_a, "rows"_a, "dims"_a, "poolings"_a,
-           "weighted"_a, "out_of_range"_a, "sidecar_of_feature"_a)
+           "weighted"_a, "out_of_range"_a, "sidecar_of_feature"_a = nb::none(), "legs"_a = std::vector<PyLeg>{},
+           "default_rows"_a = std::vector<int64_t>{}, "padding"_a = std::vector<int64_t>{}, "ranker_pooling"_a = false,
+           "hedge_budget"_a = 0.0)
       .def("set_fixed_columns", [](LookupClient& self, Array<int32_t> begins, Array<int32_t> widths) {
             const size_t n = self.routes().features.size();
             if (begins.shape(0) != n || widths.shape(0) != n) throw nb::value_error("begins, widths: one entry per feature");
@@ -651,12 +675,7 @@ NB_MODULE(_native, m) {
       .def("wait_lane_lost", &LookupClient::wait_lane_lost, "timeout_s"_a, nb::call_guard<nb::gil_scoped_release>())
       .def("lookup", &lookup, "parts"_a, "out"_a.noconvert(), "sequences"_a, "deadline_ns"_a, "priority"_a, "trace"_a,
            "verdicts"_a.noconvert(), "timings"_a.noconvert())
-      .def("degraded", [](LookupClient& self, Numbers timings) {
-            std::vector<int64_t> lost;
-            for (size_t s = 0; s < self.sidecar_count() && s + 1 < timings.shape(0); ++s)
-              if (timings(s + 1, 0) == -1) lost.push_back(int64_t(s));
-            return lost;
-          }, "timings"_a)
+      .def("degraded", [](const LookupClient&) { return LookupClient::last_degraded(); })
       .def("stats", &client_stats)
       .def("close", &LookupClient::close, nb::call_guard<nb::gil_scoped_release>());
   bind_rdma(m, server_class, client_class);

@@ -26,6 +26,7 @@ from sidepool.partition.triton_config import SHIM, TritonOptions, config_text
 from sidepool.wire.errors import CutError
 from sidepool.wire.model import MODEL_FILE, PLAN_FILE, save_model
 from sidepool.wire.plan import Plan, SidecarAddress, Table, save_plan
+from sidepool.wire.sharding import PlacedShard
 from sidepool.wire.shards import ShardManifest, save_manifest
 
 
@@ -148,16 +149,20 @@ def make_sidecar_directory(directory: Path, sidecar: SidecarAddress) -> Path:
     return shards
 
 
-def tables_of(plan: Plan, sidecar: int) -> list[tuple[str, Table]]:
-    """The tables that a sidecar holds, each with the name of its file."""
-    held = [i for i, owner in enumerate(plan.sidecar_of_table) if owner == sidecar]
-    return [(f"table-{i:04d}.safetensors", plan.tables[i]) for i in held]
+def shards_on(plan: Plan, sidecar: int) -> list[tuple[str, Table, PlacedShard]]:
+    """The shards that a sidecar holds, each with the name of its file and its table."""
+    held = plan.held_by(sidecar)
+    whole = [len(plan.placed_shards[i]) == 1 for i, _ in held]
+    names = [f"table-{i:04d}{'' if alone else f'-{s.number:04d}'}.safetensors" for (i, s), alone in zip(held, whole, strict=True)]
+    return [(name, plan.tables[i], s) for name, (i, s) in zip(names, held, strict=True)]
 
 
 def _write_sidecar(directory: Path, plan: Plan, index: int, weights: Mapping[str, Tensor]) -> dict[str, RowError]:
     sidecar = plan.sidecars[index]
     shards = make_sidecar_directory(directory, sidecar)
-    written = [write_shard(shards, file, table, _reader(weights[table.name])) for file, table in tables_of(plan, index)]
+    written = [
+        write_shard(shards, file, table, _reader(weights[table.name]), part=part) for file, table, part in shards_on(plan, index)
+    ]
     files = tuple(shard for shard, _ in written)
     save_manifest(ShardManifest(sidecar=sidecar.name, plan_fingerprint=plan.fingerprint, shards=files), shards)
     return {shard.table: error for shard, error in written}

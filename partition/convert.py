@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from sidepool.partition.artifact import check_out_dir, make_sidecar_directory, replacing, tables_of
+from sidepool.partition.artifact import check_out_dir, make_sidecar_directory, replacing, shards_on
 from sidepool.partition.checkpoints import open_checkpoint
 from sidepool.partition.planning import make_plan
 from sidepool.partition.rows import RowError
@@ -145,9 +145,9 @@ def convert(
             for index, sidecar in enumerate(plan.sidecars):
                 shards = make_sidecar_directory(staging, sidecar)
                 files = []
-                for file, table in tables_of(plan, index):
+                for file, table, part in shards_on(plan, index):
                     read = by_name[table.name].reader(table.row_format)
-                    shard, errors[table.name] = write_shard(shards, file, table, read, written)
+                    shard, errors[table.name] = write_shard(shards, file, table, read, written, part)
                     files.append(shard)
                 save_manifest(ShardManifest(sidecar=sidecar.name, plan_fingerprint=plan.fingerprint, shards=tuple(files)), shards)
     except OSError as e:

@@ -14,6 +14,7 @@ from sidepool.partition.rows import RowError
 from sidepool.partition.triton_config import describe_inputs
 from sidepool.wire.model import FixedSource, ModelSpec
 from sidepool.wire.plan import Plan, Pooling
+from sidepool.wire.sharding import sharding_of
 
 # The two batch sizes of a latency question: one sample, and a typical ranking request.
 REPORTED_BATCHES = (1, 128)
@@ -115,17 +116,25 @@ class PartitionReport:
         """Payload bytes (request, response) between the ranker and one sidecar for one lookup of `batch` samples."""
         request = response = 0.0
         for feature, source, table in zip(self.plan.features, self.model.features, self.plan.feature_tables, strict=True):
-            if self.plan.sidecar_of_table[self.plan.table_index[table.name]] != sidecar:
-                continue
-            ids = batch * self.ids_per_bag[feature.name]
+            index = self.plan.table_index[table.name]
             fixed = isinstance(source.source, FixedSource)
-            request += ids * (ID_BYTES + (WEIGHT_BYTES if feature.weighted else 0)) + (0 if fixed else batch * LENGTH_BYTES)
-            response += (ids if feature.pooling is Pooling.NONE else batch) * table.dim * VALUE_BYTES[self.model.dense.pooled_dtype]
+            for shard in self.plan.placed_shards[index]:
+                if sidecar not in shard.sidecars:
+                    continue
+                # Ids as if they were uniform over rows and replicas; bags without ids in a shard of a cut table do not travel.
+                asked = batch / len(shard.sidecars)
+                per_bag = self.ids_per_bag[feature.name] * shard.row_count / table.rows
+                ids = asked * per_bag
+                bags = min(asked, ids) if self.plan.rows_cut(index) else asked
+                partial = self.plan.rows_cut(index) and feature.pooling is not Pooling.NONE
+                value = 4 if partial else VALUE_BYTES[self.model.dense.pooled_dtype]
+                request += ids * (ID_BYTES + (WEIGHT_BYTES if feature.weighted else 0)) + (0 if fixed else bags * LENGTH_BYTES)
+                response += (ids if feature.pooling is Pooling.NONE else bags) * shard.column_count * value
         return round(request), round(response)
 
     def _table(self, index: int) -> dict[str, Any]:
         table = self.plan.tables[index]
-        sidecar = self.plan.sidecars[self.plan.sidecar_of_table[index]].name
+        sidecars = [self.plan.sidecars[s].name for s in self.plan.sidecars_of_table[index]]
         error = self.row_errors.get(table.name, RowError())
         return {
             "name": table.name,
@@ -135,16 +144,17 @@ class PartitionReport:
             "bytes": table.bytes,
             "max_abs_error": error.max_abs,
             "rms_error": error.rms,
-            "sidecar": sidecar,
+            "sharding": str(sharding_of(self.plan, index)),
+            "sidecar": ", ".join(sidecars),
         }
 
     def _sidecar(self, index: int) -> dict[str, Any]:
-        held = [t for t, owner in zip(self.plan.tables, self.plan.sidecar_of_table, strict=True) if owner == index]
+        held = self.plan.held_by(index)
         return {
             "name": self.plan.sidecars[index].name,
             "address": self.plan.sidecars[index].address,
-            "tables": len(held),
-            "bytes": sum(t.bytes for t in held),
+            "tables": len({t for t, _ in held}),
+            "bytes": sum(s.bytes(self.plan.tables[t]) for t, s in held),
             "wire_bytes": {
                 str(b): dict(zip(("request", "response"), self.wire_bytes(index, b), strict=True)) for b in REPORTED_BATCHES
             },

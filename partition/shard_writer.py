@@ -13,7 +13,8 @@ from torch import Tensor
 from sidepool.partition.rows import RowError, decode, encode
 from sidepool.wire.checksum import crc32c
 from sidepool.wire.errors import CutError
-from sidepool.wire.plan import Table
+from sidepool.wire.plan import RowFormat, Table
+from sidepool.wire.sharding import PlacedShard
 from sidepool.wire.shards import ShardFile
 
 # Bytes of fp32 rows that are read, encoded and written at a time: large enough for a disk, small beside any table.
@@ -28,28 +29,53 @@ def write_shard(
     table: Table,
     read: Callable[[int, int], Tensor],
     written: Callable[[int], None] = lambda count: None,
+    part: PlacedShard | None = None,
 ) -> tuple[ShardFile, RowError]:
-    """Write `file` for a whole table; returns its manifest entry and how far its rows are from those read.
+    """Write `file` for a table, or for the `part` of it; returns its manifest entry and how far its rows are from those read.
 
     read: gives rows `[begin, end)`, float, or uint8 where they are stored rows already. written: is told the bytes of every
     block. Raises `CutError` for rows that hold NaN or infinity once they are stored.
     """
-    shard = ShardFile(table=table.name, file=file, rows=table.rows, dim=table.dim, row_format=table.row_format, crc32c=0)
+    begin, end = part.rows if part else (0, table.rows)
+    columns = part.columns if part else (0, table.dim)
+    shard = ShardFile(
+        table=table.name,
+        file=file,
+        rows=end - begin,
+        dim=columns[1] - columns[0],
+        row_format=table.row_format,
+        first_row=begin,
+        first_column=columns[0],
+        crc32c=0,
+    )
     error, checksum = RowError(), 0
     step = max(1, CHUNK_BYTES // (table.dim * 4))
     with (directory / file).open("wb") as out:
         out.write(_header(shard))
-        for begin in range(0, table.rows, step):
-            rows = read(begin, min(begin + step, table.rows))
+        for at in range(begin, end, step):
+            rows = read(at, min(at + step, end))
             stored = rows if rows.dtype is torch.uint8 else encode(rows, table.row_format)
-            _check_finite(table, begin, stored)
+            _check_finite(table, at, stored)
             if stored.dtype is not rows.dtype:
                 error = error.plus(rows, stored, table.row_format)
-            content = stored.view(torch.uint8).numpy()
+            content = cut_columns(stored, table, columns).view(torch.uint8).numpy()
             checksum = crc32c(content, checksum)
             out.write(content.data)
             written(content.nbytes)
     return shard.model_copy(update={"crc32c": checksum}), error
+
+
+def cut_columns(stored: Tensor, table: Table, columns: tuple[int, int]) -> Tensor:
+    """Columns `[begin, end)` of stored rows; of quantised ones each keeps its codes, and its row's scale and bias."""
+    begin, end = columns
+    if (begin, end) == (0, table.dim):
+        return stored
+    if not table.row_format.quantised:
+        return stored[:, begin:end].contiguous()
+    per_byte = 2 if table.row_format is RowFormat.INT4 else 1
+    codes = -(-table.dim // per_byte)
+    cut = stored[:, begin // per_byte : -(-end // per_byte)]
+    return torch.cat([cut, stored[:, codes:]], dim=1)
 
 
 def _header(shard: ShardFile) -> bytes:

@@ -70,12 +70,12 @@ class ControlServicer(control_pb2_grpc.SidecarServicer):
             plan = published.plan
             reply.plan_epoch, reply.plan_fingerprint = plan.epoch, plan.fingerprint
             reply.huge_bytes = published.tables.huge_bytes
-            held = plan.sidecar_index[self._config.name]
-            for i, (table, holder) in enumerate(zip(plan.tables, plan.sidecar_of_table, strict=True)):
-                if holder == held:
-                    held_table = reply.tables.add(name=table.name, rows=table.rows, dim=table.dim, bytes=table.bytes)
-                    held_table.row_format = table.row_format
-                    held_table.rows_ahead = published.tables.rows_ahead(i)
+            for i, shard in plan.held_by(plan.sidecar_index[self._config.name]):
+                table = plan.tables[i]
+                held = reply.tables.add(name=table.name, rows=shard.row_count, dim=shard.column_count, bytes=shard.bytes(table))
+                held.row_format = table.row_format
+                held.rows_ahead = published.tables.rows_ahead(plan.first_shard[i] + shard.number)
+                held.first_row, held.first_column = shard.rows[0], shard.columns[0]
         return reply
 
     @translated

@@ -118,8 +118,8 @@ def _choose_lookahead(tables: _native.TableSet, plan: Plan, config: SidecarConfi
     wanted = config.pool.lookahead_bytes
     began = time.monotonic()
     tables.choose_lookahead(0 if wanted == "auto" else wanted)
-    held = [(i, table) for i, table in enumerate(plan.tables) if tables.rows_ahead(i) > 0]
-    rows = {table.bytes // table.rows: tables.rows_ahead(i) for i, table in held}
+    held = [(plan.tables[t], s, plan.first_shard[t] + s.number) for t, s in plan.held_by(plan.sidecar_index[config.name])]
+    rows = {table.row_format.row_bytes(s.column_count): tables.rows_ahead(at) for table, s, at in held if tables.rows_ahead(at) > 0}
     logs.info("lookahead", rows_ahead_by_row_bytes=rows, seconds=round(time.monotonic() - began, 3))
 
 

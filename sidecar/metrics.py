@@ -80,15 +80,20 @@ class SidecarCollector(Collector):
         if published is None:
             return
         plan, held = published.plan, published.tables
-        ours = plan.sidecar_index[self._serving.name]
-        tables = [table if holder == ours else None for table, holder in zip(plan.tables, plan.sidecar_of_table, strict=True)]
         counted = {entry["table"]: entry for entry in stats["tables"]}
-        # A scrape may fall between a publication and the engines' taking notice: a table without counters yet is left out.
-        rows = [(table.name, counted[i]) for i, table in enumerate(tables) if table is not None and i in counted]
-        for name, (key, text) in _TABLE_COUNTERS.items():
-            yield _counter(name, text, {(table,): t[key] for table, t in rows}, ["table"])
-        sizes: dict[Label, float] = {(table.name,): table.bytes for table in tables if table is not None}
-        ahead: dict[Label, float] = {(table,): t["rows_ahead"] for table, t in rows}
+        sizes: dict[Label, float] = defaultdict(int)
+        ahead: dict[Label, float] = {}
+        sums: dict[str, dict[Label, float]] = {name: defaultdict(int) for name in _TABLE_COUNTERS}
+        for i, shard in plan.held_by(plan.sidecar_index[self._serving.name]):
+            label = (plan.tables[i].name,)
+            sizes[label] += shard.bytes(plan.tables[i])
+            # A scrape may fall between a publication and the engines' taking notice: what has no counters yet is left out.
+            if (entry := counted.get(plan.first_shard[i] + shard.number)) is not None:
+                ahead[label] = entry["rows_ahead"]
+                for name, (key, _) in _TABLE_COUNTERS.items():
+                    sums[name][label] += entry[key]
+        for name, (_, text) in _TABLE_COUNTERS.items():
+            yield _counter(name, text, sums[name], ["table"])
         yield _gauge("table_rows_ahead", "Rows between the start of a row's fetch and its use", ahead, ["table"])
         yield _gauge("table_bytes", "Row bytes of the table", sizes, ["table"])
         yield _gauge("resident_bytes", "Row bytes held", {(): held.bytes}, [])

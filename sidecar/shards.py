@@ -50,9 +50,8 @@ def _verify(plan: Plan, directory: Path, progress: Callable[[int, int], None], c
     """Compare the checksums of all files, several at a time, the largest first so that none is waited for at the end."""
 
     shards = list(shards_of(plan, directory))
-    sizes = {s.table: plan.tables[plan.table_index[s.table]].bytes for s in shards}
-    shards.sort(key=lambda s: -sizes[s.table])
-    done, total = 0, sum(sizes.values())
+    shards.sort(key=lambda s: -s.bytes)
+    done, total = 0, sum(s.bytes for s in shards)
     counting = threading.Lock()
 
     def count(read_bytes: int) -> None:

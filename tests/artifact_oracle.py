@@ -106,7 +106,7 @@ def served(out: Path) -> dict[str, NDArray[np.float32]]:
         published = load(config)
         assert published is not None
         plan = published.plan
-        for i, (feature, owner) in enumerate(zip(plan.features, plan.sidecar_of_table, strict=True)):
+        for i, (feature, owner) in enumerate(zip(plan.features, [holders[0] for holders in plan.sidecars_of_table], strict=True)):
             if plan.sidecars[owner].name != config.name:
                 continue
             table = plan.tables[i]

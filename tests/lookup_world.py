@@ -25,6 +25,7 @@ from sidepool.wire.plan import (
     Table,
     save_plan,
 )
+from sidepool.wire.sharding import PlacedShard
 from sidepool.wire.shards import ShardFile, ShardManifest, save_manifest
 
 SIDECARS = ("left", "right")
@@ -52,6 +53,7 @@ FEATURES = (
     Feature(name="read", table="hashing", pooling=Pooling.NONE),
 )
 HELD_BY = {"plain": "left", "half": "right", "zeroing": "left", "defaulting": "right", "hashing": "right", "wide": "left"}
+WHOLE = tuple(Shard(table=t.name, sidecar=HELD_BY[t.name], rows=(0, t.rows), columns=(0, t.dim)) for t in TABLES)
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ def write_world(
     ports: tuple[int, int] = (0, 0),
     engines: int = 1,
     settings: dict[str, Any] | None = None,
+    shards: tuple[Shard, ...] = WHOLE,
 ) -> World:
     """Write plan, shards and sidecar configurations; `ports` of the control planes, 0 for any; `settings` on top."""
     random = np.random.default_rng(epoch)
@@ -110,7 +113,7 @@ def write_world(
         tables=TABLES,
         features=FEATURES,
         sidecars=tuple(SidecarAddress(name=n, address=a) for n, a in zip(SIDECARS, NOWHERE, strict=True)),
-        shards=tuple(Shard(table=t.name, sidecar=HELD_BY[t.name], rows=(0, t.rows), columns=(0, t.dim)) for t in TABLES),
+        shards=shards,
     )
     save_plan(plan, directory / "plan.yaml")
     for sidecar, port in zip(SIDECARS, ports, strict=True):
@@ -124,17 +127,31 @@ def _write_sidecar(
     shards = directory / "shards"
     shards.mkdir(parents=True)
     files = []
-    for table in (t for t in plan.tables if HELD_BY[t.name] == sidecar):
-        file = f"{table.name}.safetensors"
-        save_file({table.name: rows[table.name]}, shards / file)
-        checksum = crc32c(rows[table.name].tobytes())
+    for index, shard in plan.held_by(plan.sidecar_index[sidecar]):
+        table, held = plan.tables[index], cut(rows[plan.tables[index].name], shard)
+        file = f"{table.name}-{shard.number}.safetensors"
+        save_file({table.name: held}, shards / file)
         files.append(
-            ShardFile(table=table.name, file=file, rows=table.rows, dim=table.dim, row_format=table.row_format, crc32c=checksum)
+            ShardFile(
+                table=table.name,
+                file=file,
+                rows=shard.row_count,
+                dim=shard.column_count,
+                row_format=table.row_format,
+                first_row=shard.rows[0],
+                first_column=shard.columns[0],
+                crc32c=crc32c(held.tobytes()),
+            )
         )
     save_manifest(ShardManifest(sidecar=sidecar, plan_fingerprint=plan.fingerprint, shards=tuple(files)), shards)
     listen = {"grpc": f"127.0.0.1:{port}", **extra.get("listen", {})}
     settings = {"name": sidecar, "plan": "../plan.yaml", "shards": "shards", **extra, "listen": listen}
     (directory / "sidecar.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+
+
+def cut(rows: NDArray[Any], shard: PlacedShard) -> NDArray[Any]:
+    """The rows and columns of a shard, contiguous."""
+    return np.ascontiguousarray(rows[slice(*shard.rows), slice(*shard.columns)])
 
 
 def random_bags(plan: Plan, batch: int, *, seed: int, longest: int = 6, stray: bool = True) -> Bags:

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\rcontrol.proto\x12\x0bsidepool.v1\"\x11\n\x0f\x44\x65scribeRequest\"k\n\tTableHeld\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04rows\x18\x02 \x01(\x04\x12\x0b\n\x03\x64im\x18\x03 \x01(\r\x12\x12\n\nrow_format\x18\x04 \x01(\t\x12\r\n\x05\x62ytes\x18\x05 \x01(\x04\x12\x12\n\nrows_ahead\x18\x06 \x01(\r\"\xa9\x02\n\rDescribeReply\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nplan_epoch\x18\x02 \x01(\x04\x12\x18\n\x10plan_fingerprint\x18\x03 \x01(\t\x12&\n\x06tables\x18\x04 \x03(\x0b\x32\x16.sidepool.v1.TableHeld\x12\r\n\x05lanes\x18\x05 \x03(\t\x12\x0f\n\x07version\x18\x06 \x01(\t\x12\x14\n\x0cwire_version\x18\x07 \x01(\r\x12\x0c\n\x04simd\x18\x08 \x01(\t\x12\x0f\n\x07\x65ngines\x18\t \x01(\r\x12\x12\n\nhuge_bytes\x18\n \x01(\x04\x12\r\n\x05state\x18\x0b \x01(\t\x12\r\n\x05slots\x18\x0c \x01(\r\x12\x15\n\rrequest_bytes\x18\r \x01(\x04\x12\x16\n\x0eresponse_bytes\x18\x0e \x01(\x04\"\x8f\x01\n\x0e\x43onnectRequest\x12\x0c\n\x04lane\x18\x01 \x01(\t\x12\x12\n\nplan_epoch\x18\x02 \x01(\x04\x12\x18\n\x10plan_fingerprint\x18\x03 \x01(\t\x12\x14\n\x0cwire_version\x18\x04 \x01(\r\x12\x0e\n\x06\x63lient\x18\x05 \x01(\t\x12\r\n\x05slots\x18\x06 \x01(\r\x12\x0c\n\x04rdma\x18\x07 \x01(\x0c\"z\n\x0c\x43onnectReply\x12\r\n\x05token\x18\x01 \x01(\x0c\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\r\n\x05slots\x18\x03 \x01(\r\x12\x15\n\rrequest_bytes\x18\x04 \x01(\x04\x12\x16\n\x0eresponse_bytes\x18\x05 \x01(\x04\x12\x0c\n\x04rdma\x18\x06 \x01(\x0c\"\x0e\n\x0cStatsRequest\"\x1a\n\nStatsReply\x12\x0c\n\x04json\x18\x01 \x01(\t\"!\n\x0c\x44rainRequest\x12\x11\n\ttimeout_s\x18\x01 \x01(\x01\"\x1d\n\nDrainReply\x12\x0f\n\x07\x64rained\x18\x01 \x01(\x08\".\n\x0eMigrateRequest\x12\x0c\n\x04lane\x18\x01 \x01(\x04\x12\x0e\n\x06\x65ngine\x18\x02 \x01(\r\"\x0e\n\x0cMigrateReply\"\x1c\n\x0bLookupFrame\x12\r\n\x05\x66rame\x18\x01 \x01(\x0c\"\x1e\n\x0cLookupFrames\x12\x0e\n\x06\x66rames\x18\x01 \x01(\x0c\x32\x8e\x03\n\x07Sidecar\x12\x44\n\x08\x44\x65scribe\x12\x1c.sidepool.v1.DescribeRequest\x1a\x1a.sidepool.v1.DescribeReply\x12\x41\n\x07\x43onnect\x12\x1b.sidepool.v1.ConnectRequest\x1a\x19.sidepool.v1.ConnectReply\x12;\n\x05Stats\x12\x19.sidepool.v1.StatsRequest\x1a\x17.sidepool.v1.StatsReply\x12;\n\x05\x44rain\x12\x19.sidepool.v1.DrainRequest\x1a\x17.sidepool.v1.DrainReply\x12\x41\n\x07Migrate\x12\x1b.sidepool.v1.MigrateRequest\x1a\x19.sidepool.v1.MigrateReply\x12=\n\x06Lookup\x12\x18.sidepool.v1.LookupFrame\x1a\x19.sidepool.v1.LookupFramesb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\rcontrol.proto\x12\x0bsidepool.v1\"\x11\n\x0f\x44\x65scribeRequest\"\x94\x01\n\tTableHeld\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04rows\x18\x02 \x01(\x04\x12\x0b\n\x03\x64im\x18\x03 \x01(\r\x12\x12\n\nrow_format\x18\x04 \x01(\t\x12\r\n\x05\x62ytes\x18\x05 \x01(\x04\x12\x12\n\nrows_ahead\x18\x06 \x01(\r\x12\x11\n\tfirst_row\x18\x07 \x01(\x04\x12\x14\n\x0c\x66irst_column\x18\x08 \x01(\r\"\xa9\x02\n\rDescribeReply\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nplan_epoch\x18\x02 \x01(\x04\x12\x18\n\x10plan_fingerprint\x18\x03 \x01(\t\x12&\n\x06tables\x18\x04 \x03(\x0b\x32\x16.sidepool.v1.TableHeld\x12\r\n\x05lanes\x18\x05 \x03(\t\x12\x0f\n\x07version\x18\x06 \x01(\t\x12\x14\n\x0cwire_version\x18\x07 \x01(\r\x12\x0c\n\x04simd\x18\x08 \x01(\t\x12\x0f\n\x07\x65ngines\x18\t \x01(\r\x12\x12\n\nhuge_bytes\x18\n \x01(\x04\x12\r\n\x05state\x18\x0b \x01(\t\x12\r\n\x05slots\x18\x0c \x01(\r\x12\x15\n\rrequest_bytes\x18\r \x01(\x04\x12\x16\n\x0eresponse_bytes\x18\x0e \x01(\x04\"\x8f\x01\n\x0e\x43onnectRequest\x12\x0c\n\x04lane\x18\x01 \x01(\t\x12\x12\n\nplan_epoch\x18\x02 \x01(\x04\x12\x18\n\x10plan_fingerprint\x18\x03 \x01(\t\x12\x14\n\x0cwire_version\x18\x04 \x01(\r\x12\x0e\n\x06\x63lient\x18\x05 \x01(\t\x12\r\n\x05slots\x18\x06 \x01(\r\x12\x0c\n\x04rdma\x18\x07 \x01(\x0c\"z\n\x0c\x43onnectReply\x12\r\n\x05token\x18\x01 \x01(\x0c\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\r\n\x05slots\x18\x03 \x01(\r\x12\x15\n\rrequest_bytes\x18\x04 \x01(\x04\x12\x16\n\x0eresponse_bytes\x18\x05 \x01(\x04\x12\x0c\n\x04rdma\x18\x06 \x01(\x0c\"\x0e\n\x0cStatsRequest\"\x1a\n\nStatsReply\x12\x0c\n\x04json\x18\x01 \x01(\t\"!\n\x0c\x44rainRequest\x12\x11\n\ttimeout_s\x18\x01 \x01(\x01\"\x1d\n\nDrainReply\x12\x0f\n\x07\x64rained\x18\x01 \x01(\x08\".\n\x0eMigrateRequest\x12\x0c\n\x04lane\x18\x01 \x01(\x04\x12\x0e\n\x06\x65ngine\x18\x02 \x01(\r\"\x0e\n\x0cMigrateReply\"\x1c\n\x0bLookupFrame\x12\r\n\x05\x66rame\x18\x01 \x01(\x0c\"\x1e\n\x0cLookupFrames\x12\x0e\n\x06\x66rames\x18\x01 \x01(\x0c\x32\x8e\x03\n\x07Sidecar\x12\x44\n\x08\x44\x65scribe\x12\x1c.sidepool.v1.DescribeRequest\x1a\x1a.sidepool.v1.DescribeReply\x12\x41\n\x07\x43onnect\x12\x1b.sidepool.v1.ConnectRequest\x1a\x19.sidepool.v1.ConnectReply\x12;\n\x05Stats\x12\x19.sidepool.v1.StatsRequest\x1a\x17.sidepool.v1.StatsReply\x12;\n\x05\x44rain\x12\x19.sidepool.v1.DrainRequest\x1a\x17.sidepool.v1.DrainReply\x12\x41\n\x07Migrate\x12\x1b.sidepool.v1.MigrateRequest\x1a\x19.sidepool.v1.MigrateReply\x12=\n\x06Lookup\x12\x18.sidepool.v1.LookupFrame\x1a\x19.sidepool.v1.LookupFramesb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,30 +33,30 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_DESCRIBEREQUEST']._serialized_start=30
   _globals['_DESCRIBEREQUEST']._serialized_end=47
-  _globals['_TABLEHELD']._serialized_start=49
-  _globals['_TABLEHELD']._serialized_end=156
-  _globals['_DESCRIBEREPLY']._serialized_start=159
-  _globals['_DESCRIBEREPLY']._serialized_end=456
-  _globals['_CONNECTREQUEST']._serialized_start=459
-  _globals['_CONNECTREQUEST']._serialized_end=602
-  _globals['_CONNECTREPLY']._serialized_start=604
-  _globals['_CONNECTREPLY']._serialized_end=726
-  _globals['_STATSREQUEST']._serialized_start=728
-  _globals['_STATSREQUEST']._serialized_end=742
-  _globals['_STATSREPLY']._serialized_start=744
-  _globals['_STATSREPLY']._serialized_end=770
-  _globals['_DRAINREQUEST']._serialized_start=772
-  _globals['_DRAINREQUEST']._serialized_end=805
-  _globals['_DRAINREPLY']._serialized_start=807
-  _globals['_DRAINREPLY']._serialized_end=836
-  _globals['_MIGRATEREQUEST']._serialized_start=838
-  _globals['_MIGRATEREQUEST']._serialized_end=884
-  _globals['_MIGRATEREPLY']._serialized_start=886
-  _globals['_MIGRATEREPLY']._serialized_end=900
-  _globals['_LOOKUPFRAME']._serialized_start=902
-  _globals['_LOOKUPFRAME']._serialized_end=930
-  _globals['_LOOKUPFRAMES']._serialized_start=932
-  _globals['_LOOKUPFRAMES']._serialized_end=962
-  _globals['_SIDECAR']._serialized_start=965
-  _globals['_SIDECAR']._serialized_end=1363
+  _globals['_TABLEHELD']._serialized_start=50
+  _globals['_TABLEHELD']._serialized_end=198
+  _globals['_DESCRIBEREPLY']._serialized_start=201
+  _globals['_DESCRIBEREPLY']._serialized_end=498
+  _globals['_CONNECTREQUEST']._serialized_start=501
+  _globals['_CONNECTREQUEST']._serialized_end=644
+  _globals['_CONNECTREPLY']._serialized_start=646
+  _globals['_CONNECTREPLY']._serialized_end=768
+  _globals['_STATSREQUEST']._serialized_start=770
+  _globals['_STATSREQUEST']._serialized_end=784
+  _globals['_STATSREPLY']._serialized_start=786
+  _globals['_STATSREPLY']._serialized_end=812
+  _globals['_DRAINREQUEST']._serialized_start=814
+  _globals['_DRAINREQUEST']._serialized_end=847
+  _globals['_DRAINREPLY']._serialized_start=849
+  _globals['_DRAINREPLY']._serialized_end=878
+  _globals['_MIGRATEREQUEST']._serialized_start=880
+  _globals['_MIGRATEREQUEST']._serialized_end=926
+  _globals['_MIGRATEREPLY']._serialized_start=928
+  _globals['_MIGRATEREPLY']._serialized_end=942
+  _globals['_LOOKUPFRAME']._serialized_start=944
+  _globals['_LOOKUPFRAME']._serialized_end=972
+  _globals['_LOOKUPFRAMES']._serialized_start=974
+  _globals['_LOOKUPFRAMES']._serialized_end=1004
+  _globals['_SIDECAR']._serialized_start=1007
+  _globals['_SIDECAR']._serialized_end=1405
 # @@protoc_insertion_point(module_scope)

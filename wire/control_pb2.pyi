@@ -11,20 +11,24 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class TableHeld(_message.Message):
-    __slots__ = ("name", "rows", "dim", "row_format", "bytes", "rows_ahead")
+    __slots__ = ("name", "rows", "dim", "row_format", "bytes", "rows_ahead", "first_row", "first_column")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
     DIM_FIELD_NUMBER: _ClassVar[int]
     ROW_FORMAT_FIELD_NUMBER: _ClassVar[int]
     BYTES_FIELD_NUMBER: _ClassVar[int]
     ROWS_AHEAD_FIELD_NUMBER: _ClassVar[int]
+    FIRST_ROW_FIELD_NUMBER: _ClassVar[int]
+    FIRST_COLUMN_FIELD_NUMBER: _ClassVar[int]
     name: str
     rows: int
     dim: int
     row_format: str
     bytes: int
     rows_ahead: int
-    def __init__(self, name: _Optional[str] = ..., rows: _Optional[int] = ..., dim: _Optional[int] = ..., row_format: _Optional[str] = ..., bytes: _Optional[int] = ..., rows_ahead: _Optional[int] = ...) -> None: ...
+    first_row: int
+    first_column: int
+    def __init__(self, name: _Optional[str] = ..., rows: _Optional[int] = ..., dim: _Optional[int] = ..., row_format: _Optional[str] = ..., bytes: _Optional[int] = ..., rows_ahead: _Optional[int] = ..., first_row: _Optional[int] = ..., first_column: _Optional[int] = ...) -> None: ...
 
 class DescribeReply(_message.Message):
     __slots__ = ("name", "plan_epoch", "plan_fingerprint", "tables", "lanes", "version", "wire_version", "simd", "engines", "huge_bytes", "state", "slots", "request_bytes", "response_bytes")

@@ -10,6 +10,7 @@ import enum
 import hashlib
 from collections import Counter
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +18,7 @@ from pydantic import Field
 
 from sidepool.wire.config import FormatVersion, Frozen, dump_yaml, load_yaml
 from sidepool.wire.errors import PlanError
+from sidepool.wire.sharding import PlacedShard, check_tiling, place_shards
 
 # One row must fit a cache-friendly scratch line; the widest published embedding (4096) is far below.
 MAX_DIM = 4096
@@ -113,7 +115,7 @@ class Feature(Frozen):
 
 
 class Shard(Frozen):
-    """A row range `[begin, end)` and column range of one table, on one sidecar."""
+    """A row range `[begin, end)` and column range of one table, on one sidecar. The same on another sidecar is a replica."""
 
     table: Name
     sidecar: Name
@@ -126,6 +128,8 @@ class SidecarAddress(Frozen):
 
     name: Name
     address: Annotated[str, Field(pattern=r"^[^\s:]+:\d{1,5}$|^\[[0-9a-fA-F:]+\]:\d{1,5}$")]
+    node: Name | None = None
+    """The machine it runs on, as an inventory names it."""
 
 
 class Plan(Frozen):
@@ -154,10 +158,31 @@ class Plan(Frozen):
         return tuple(self.tables[self.table_index[f.table]] for f in self.features)
 
     @cached_property
-    def sidecar_of_table(self) -> tuple[int, ...]:
-        """Index of the sidecar that holds each table, in table order (every table lies whole on one sidecar)."""
-        owner = {s.table: self.sidecar_index[s.sidecar] for s in self.shards}
-        return tuple(owner[t.name] for t in self.tables)
+    def placed_shards(self) -> tuple[tuple[PlacedShard, ...], ...]:
+        """The distinct shards of each table, in table order; a shard's number is its position."""
+        of_table: dict[str, list[Shard]] = {t.name: [] for t in self.tables}
+        for shard in self.shards:
+            of_table[shard.table].append(shard)
+        return tuple(place_shards(of_table[t.name], self.sidecar_index) for t in self.tables)
+
+    @cached_property
+    def first_shard(self) -> tuple[int, ...]:
+        """Where each table's shards begin in a `TableSet` of this plan; one more at the end, their number."""
+        return tuple(accumulate((len(shards) for shards in self.placed_shards), initial=0))
+
+    def rows_cut(self, table: int) -> bool:
+        """Whether the rows of a table (by index) lie in more than one shard, so that the ranker sorts its ids."""
+        shards = self.placed_shards[table]
+        return any(s.row_count < self.tables[table].rows for s in shards)
+
+    @cached_property
+    def sidecars_of_table(self) -> tuple[tuple[int, ...], ...]:
+        """Indices of the sidecars that hold something of each table, ascending, in table order."""
+        return tuple(tuple(sorted({holder for s in shards for holder in s.sidecars})) for shards in self.placed_shards)
+
+    def held_by(self, sidecar: int) -> list[tuple[int, PlacedShard]]:
+        """The shards that a sidecar holds, each with the index of its table, in plan order."""
+        return [(t, s) for t, shards in enumerate(self.placed_shards) for s in shards if sidecar in s.sidecars]
 
     @cached_property
     def out_columns(self) -> tuple[tuple[int, int], ...]:
@@ -195,7 +220,7 @@ def save_plan(plan: Plan, path: Path) -> None:
 
 
 def validate_plan(plan: Plan, *, where: str = "plan") -> None:
-    """Check what types alone cannot: names exist once, references resolve, every table is covered exactly once."""
+    """Check what types alone cannot: names exist once, references resolve, the shards of every table tile it."""
     for kind, names in (
         ("tables", [t.name for t in plan.tables]),
         ("features", [f.name for f in plan.features]),
@@ -229,10 +254,4 @@ def validate_plan(plan: Plan, *, where: str = "plan") -> None:
             raise PlanError(f"{where}: shards.{i}.sidecar: found {shard.sidecar!r}; allowed: the name of a sidecar of this plan")
         shards.setdefault(shard.table, []).append(shard)
     for table in plan.tables:
-        held = shards.get(table.name, [])
-        if len(held) != 1 or held[0].rows != (0, table.rows) or held[0].columns != (0, table.dim):
-            found = [(s.sidecar, s.rows, s.columns) for s in held]
-            raise PlanError(
-                f"{where}: shards of table {table.name!r}: found {found}; allowed: exactly one shard "
-                f"with rows [0, {table.rows}] and columns [0, {table.dim}] (this version places tables whole)"
-            )
+        check_tiling(table, shards.get(table.name, ()), where)

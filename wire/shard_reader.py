@@ -87,11 +87,9 @@ def shards_of(plan: Plan, directory: Path) -> Iterator[ShardFile]:
     _check_placement(plan, manifest, directory)
     for shard in manifest.shards:
         table = plan.tables[plan.table_index[shard.table]]
-        found = (shard.rows, shard.dim, shard.row_format)
-        if found != (table.rows, table.dim, table.row_format):
-            allowed = (table.rows, table.dim, str(table.row_format))
+        if shard.row_format != table.row_format:
             raise PlanError(
-                f"{directory}: table {shard.table!r}: found {(*found[:2], str(found[2]))}; allowed: {allowed} (from the plan)"
+                f"{directory}: table {shard.table!r}: found {shard.row_format}; allowed: {table.row_format} (from the plan)"
             )
         yield shard
 
@@ -100,45 +98,76 @@ def build_table_set(plan: Plan, directories: Iterable[Path], *, verify: bool = T
     """Map every shard of `directories` (one per sidecar) into a sealed table set under the plan's epoch.
 
     Rows are mapped read-only, not copied; `verify` reads them all once to compare checksums. Features whose table
-    lies elsewhere are left out. Raises `ShardCorrupt` and `PlanError`.
+    lies wholly elsewhere are left out. Raises `ShardCorrupt` and `PlanError`.
     """
-    tables = _native.TableSet(plan.epoch, len(plan.tables), len(plan.features))
-    held: set[str] = set()
+    tables = new_table_set(plan)
+    held: set[tuple[int, int]] = set()
     for directory in directories:
         for shard in shards_of(plan, directory):
             path, offset = locate(directory, shard)
+            table, number = shard_number(plan, shard)
             if verify:
                 verify_checksum(path, offset, shard)
-            _add_table(tables, plan, shard, path, offset)
-            held.add(shard.table)
-    for i, feature in enumerate(plan.features):
-        if feature.table in held:
-            table = plan.table_index[feature.table]
-            tables.add_feature(i, table, feature.pooling, feature.weighted, feature.padding_index)
-    tables.seal()
+            if (table, number) not in held:  # else a replica, in the directory of another sidecar
+                add_shard_file(tables, plan, shard, path, offset)
+                held.add((table, number))
+    seal_features(tables, plan, {table for table, _ in held})
     return tables
 
 
-def _add_table(tables: _native.TableSet, plan: Plan, shard: ShardFile, path: Path, offset: int) -> None:
-    index = plan.table_index[shard.table]
+def new_table_set(plan: Plan) -> _native.TableSet:
+    """An empty table set with room for every shard of `plan`."""
+    return _native.TableSet(plan.epoch, plan.first_shard[-1], len(plan.features))
+
+
+def shard_number(plan: Plan, shard: ShardFile) -> tuple[int, int]:
+    """Index of the table and number of the shard that a file of a checked manifest holds."""
+    table = plan.table_index[shard.table]
+    extent = _extent(shard)
+    return table, next(s.number for s in plan.placed_shards[table] if (s.rows, s.columns) == extent)
+
+
+def add_shard_file(tables: _native.TableSet, plan: Plan, shard: ShardFile, path: Path, offset: int) -> None:
+    """Map the rows of `shard` at `offset` of `path` into `tables`; raises `ShardCorrupt` and `PlanError`."""
+    index, number = shard_number(plan, shard)
     table = plan.tables[index]
+    # Ids of cut rows come settled: one outside would be the ranker's mistake.
+    policy, default = (str(table.out_of_range), table.default_row) if not plan.rows_cut(index) else ("error", 0)
+    at = plan.first_shard[index] + number
     try:
-        tables.add_table_file(
-            index, str(path), offset, shard.rows, shard.dim, str(shard.row_format), str(table.out_of_range), table.default_row
-        )
+        tables.add_table_file(at, str(path), offset, shard.rows, shard.dim, str(shard.row_format), policy, default)
     except _native.NativeError as e:
         status, message = e.args
         raise error_for(status, f"{path}: tensor {shard.table!r}: {message}") from e
 
 
+def seal_features(tables: _native.TableSet, plan: Plan, held: set[int]) -> None:
+    """Add the features of the tables (by index) that something is held of, and seal the set."""
+    for i, feature in enumerate(plan.features):
+        table = plan.table_index[feature.table]
+        if table not in held:
+            continue
+        padding = None if plan.rows_cut(table) else feature.padding_index
+        shards = len(plan.placed_shards[table])
+        tables.add_feature(i, plan.first_shard[table], feature.pooling, feature.weighted, padding, shards)
+    tables.seal()
+
+
+def _extent(shard: ShardFile) -> tuple[tuple[int, int], tuple[int, int]]:
+    rows, columns = (shard.first_row, shard.first_row + shard.rows), (shard.first_column, shard.first_column + shard.dim)
+    return rows, columns
+
+
 def _check_placement(plan: Plan, manifest: ShardManifest, directory: Path) -> None:
     if manifest.sidecar not in plan.sidecar_index:
         raise PlanError(f"{directory}: sidecar: found {manifest.sidecar!r}; allowed: one of {sorted(plan.sidecar_index)}")
-    found = sorted(shard.table for shard in manifest.shards)
-    allowed = sorted(shard.table for shard in plan.shards if shard.sidecar == manifest.sidecar)
+    found = sorted((shard.table, *_extent(shard)) for shard in manifest.shards)
+    held = plan.held_by(plan.sidecar_index[manifest.sidecar])
+    allowed = sorted((plan.tables[t].name, s.rows, s.columns) for t, s in held)
     if found != allowed:
         odd = sorted(set(found) ^ set(allowed)) or found
-        raise PlanError(f"{directory}: tables {odd[:4]} are in only one of manifest and plan, or twice; allowed: {allowed[:8]}")
+        where = "are in only one of manifest and plan, or twice"
+        raise PlanError(f"{directory}: shards {odd[:4]} (table, rows, columns) {where}; allowed: {allowed[:8]}")
 
 
 def _read_header(path: Path, tensor: str) -> tuple[dict[str, Any], int, int]:

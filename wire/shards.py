@@ -18,13 +18,18 @@ _FLOATS = {RowFormat.FP32: "F32", RowFormat.FP16: "F16", RowFormat.BF16: "BF16"}
 
 
 class ShardFile(Frozen):
-    """One safetensors file holding one tensor named after its table: `[rows, dim]`, or uint8 `[rows, row bytes]`."""
+    """One safetensors file holding one tensor named after its table: `[rows, dim]`, or uint8 `[rows, row bytes]`.
+
+    A shard of a cut table has `rows` rows from `first_row` on, and `dim` columns from `first_column` on.
+    """
 
     table: Name
     file: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.\-]+$")]
     rows: Annotated[int, Field(ge=1, le=MAX_ROWS)]
     dim: Annotated[int, Field(ge=1, le=MAX_DIM)]
     row_format: RowFormat
+    first_row: Annotated[int, Field(ge=0, le=MAX_ROWS)] = 0
+    first_column: Annotated[int, Field(ge=0, le=MAX_DIM)] = 0
     crc32c: Annotated[int, Field(ge=0, lt=1 << 32)]
     """CRC-32C of the tensor's bytes (not of the safetensors header)."""
 

@@ -11,6 +11,7 @@
 #include "client_lane.hpp"
 #include "counters.hpp"
 #include "rdma.hpp"
+#include "replicas.hpp"
 #include "router.hpp"
 
 namespace sidepool {
@@ -39,14 +40,16 @@ struct LookupResult {
   LookupTimes times;
   std::vector<SidecarTimes>* sidecars = nullptr;
   std::vector<Fault>* faults = nullptr;
+  std::vector<int32_t>* degraded = nullptr;  // features that lost rows, in plan order
 };
 
 class LookupClient {
  public:
-  LookupClient(int64_t epoch, Routes routes, uint32_t spin_us, bool degrade);
+  // hedge_budget: see Replicas.
+  LookupClient(int64_t epoch, Routes routes, uint32_t spin_us, bool degrade, double hedge_budget = 0);
   ~LookupClient();
 
-  size_t sidecar_count() const { return routes_.of_sidecar.size(); }
+  size_t sidecar_count() const { return size_t(routes_.sidecars); }
   const Routes& routes() const { return routes_; }
   // Only before the first lookup.
   void set_fixed_columns(const int32_t* begins, const int32_t* widths);
@@ -58,18 +61,23 @@ class LookupClient {
   std::shared_ptr<RdmaRanker> rdma() const;
   std::shared_ptr<ClientLane> lane(int32_t sidecar) const;
   bool alive(int32_t sidecar) const;
+  int64_t in_flight_bytes(int32_t sidecar) const { return replicas_.in_flight(sidecar); }
   // A sidecar without a live lane; -1 after the timeout; -2 once closed.
   int32_t wait_lane_lost(double timeout_s);
 
   // Blocks until every part is answered or the budget is spent. The vectors of the result belong to the calling thread
   // and hold until its next lookup.
   LookupResult lookup(const LookupCall& call);
+  // Features that lost rows in the calling thread's last lookup, of whatever client.
+  static const std::vector<int32_t>& last_degraded();
 
   // Every lane is killed; waiting lookups return transport.
   void close();
 
   struct Totals {
     std::atomic<int64_t> lookups{0}, samples{0}, refused_parts{0}, lanes_lost{0};
+    std::atomic<int64_t> out_of_range{0};  // ids settled here: tables whose rows are cut
+    std::atomic<int64_t> failovers{0}, hedges{0}, degraded{0};
     std::atomic<int64_t> statuses[10] = {};
   };
   const Totals& totals() const { return totals_; }
@@ -79,10 +87,22 @@ class LookupClient {
   struct InFlight;
   struct Scratch;
 
-  Status send_one(Scratch& scratch, InFlight& chunk, int32_t sidecar, const LookupCall& call, uint64_t deadline);
+  static Scratch& scratch();
+  void choose_sidecars(Scratch& scratch);
+  void set_budgets(Scratch& scratch) const;
+  void send_chunk(Scratch& scratch, InFlight& chunk, const LookupCall& call, uint64_t deadline, LookupResult& result);
+  // A subrequest for `legs`; false where none of them has ids, so that nobody need be asked.
+  bool send(Scratch& scratch, InFlight& chunk, int32_t sidecar, const std::vector<int32_t>& legs, const LookupCall& call, uint64_t deadline);
+  Status post(Scratch& scratch, InFlight& chunk, Subrequest& sub, const LookupCall& call, uint64_t deadline);
+  // Sends the legs of `scratch.wanted` to other holders; what nobody is left for stays there.
+  void ask_others(Scratch& scratch, InFlight& chunk, const LookupCall& call, uint64_t deadline);
+  int32_t another_holder(const Scratch& scratch, const InFlight& chunk, int32_t leg) const;
   void receive(Scratch& scratch, InFlight& chunk, const LookupCall& call, uint64_t deadline, LookupResult& result);
-  Status receive_one(Scratch& scratch, InFlight& chunk, int32_t sidecar, const LookupCall& call, uint64_t deadline, LookupResult& result);
-  void fail(Scratch& scratch, InFlight& chunk, int32_t sidecar, const LookupCall& call, Status status, LookupResult& result);
+  // Waits until the subrequest is over (true) or `until`.
+  bool receive_some(Scratch& scratch, InFlight& chunk, Subrequest& sub, const LookupCall& call, uint64_t until, LookupResult& result);
+  void late(Scratch& scratch, InFlight& chunk, size_t sub, const LookupCall& call, uint64_t deadline);
+  void failed(Scratch& scratch, InFlight& chunk, size_t sub, const LookupCall& call, uint64_t deadline, LookupResult& result);
+  void settle(Subrequest& sub, bool answered);
   void watch();
 
   const int64_t epoch_;
@@ -100,6 +120,7 @@ class LookupClient {
   uint64_t next_watch_ = 1;
   std::atomic<bool> stopping_{false};
   Totals totals_;
+  Replicas replicas_;
   std::thread watcher_;
 };
 

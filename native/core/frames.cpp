@@ -33,17 +33,19 @@ Status parse_request(const std::byte* frame, size_t bytes, ParsedRequest& out) {
   out.entries.resize(features);
   if (features > 0) std::memcpy(out.entries.data(), frame + sizeof(RequestHeader), features * sizeof(FeatureEntry));
 
-  uint64_t values = 0, jagged = 0, weights = 0;
+  uint64_t values = 0, lengths = 0, weights = 0;
   for (const FeatureEntry& entry : out.entries) {
     if (entry.value_count > header.value_count || entry.fixed_length < -1) return Status::frame;
-    if (entry.fixed_length >= 0 && uint64_t(entry.fixed_length) * header.batch != entry.value_count) return Status::frame;
+    if (entry.bags > header.batch || (entry.flags & ~kEntryFlags) != 0) return Status::frame;
+    const uint64_t bags = entry.bag_count(header.batch);
+    if (entry.fixed_length >= 0 && uint64_t(entry.fixed_length) * bags != entry.value_count) return Status::frame;
     values += entry.value_count;  // at most 65,536 × 2^61 / 65,536: bounded by the check above and the sum below
     if (values > header.value_count) return Status::frame;
-    jagged += entry.fixed_length < 0;
+    if (entry.fixed_length < 0) lengths += bags;
     if (entry.flags & kWeightedEntry) weights += entry.value_count;
   }
   if (values != header.value_count) return Status::frame;
-  const RequestLayout layout = request_layout(features, jagged * header.batch, values, weights);
+  const RequestLayout layout = request_layout(features, lengths, values, weights);
   if (layout.total != header.frame_bytes) return Status::frame;
   out.lengths = reinterpret_cast<const int32_t*>(frame + layout.lengths);
   out.values = reinterpret_cast<const int64_t*>(frame + layout.values);

@@ -27,7 +27,11 @@ constexpr uint64_t kMaxSlotBytes = 1ull << 30;
 constexpr uint32_t kMaxSlots = 64;  // one bit each in the pending word
 
 constexpr uint16_t kLastPiece = 1;       // response flag: the lookup is complete with this piece
-constexpr uint16_t kWeightedEntry = 1;   // entry flag: the weights section covers this feature
+// Entry flags.
+constexpr uint16_t kWeightedEntry = 1;  // the weights section covers this feature
+constexpr uint16_t kPartialEntry = 2;   // fp32 sums (of mean too: undivided) or maxima, whatever the output format
+constexpr uint16_t kRowsEntry = 4;      // fp32 rows of the ids, as pooling `none`, whatever the feature's pooling
+constexpr uint16_t kEntryFlags = 7;
 
 struct Hello {
   uint32_t magic = kMagic;
@@ -79,10 +83,13 @@ struct RequestHeader {
 struct FeatureEntry {
   uint32_t feature = 0;       // position in the plan
   uint16_t flags = 0;
-  uint16_t reserved = 0;
+  uint16_t shard = 0;         // among the distinct shards of the feature's table
   int32_t fixed_length = -1;  // ids in every bag, or -1: the lengths section says
-  uint32_t reserved2 = 0;
+  uint32_t bags = 0;          // those that have ids in the shard; 0: the batch, with or without
   uint64_t value_count = 0;
+
+  uint32_t bag_count(uint32_t batch) const { return bags != 0 ? bags : batch; }
+  OutputFormat format(OutputFormat wanted) const { return flags & (kPartialEntry | kRowsEntry) ? OutputFormat::fp32 : wanted; }
 };
 
 struct ResponseHeader {
@@ -165,9 +172,16 @@ Status parse_request(const std::byte* frame, size_t bytes, ParsedRequest& out);
 // Response header checks on the ranker's side, against what was asked for.
 Status check_response_header(const ResponseHeader& header, uint32_t feature_count);
 
-// Bytes of one feature's block in a response slot: rows of the output format, padded to 64.
-inline size_t block_bytes(Pooling pooling, int32_t dim, uint64_t batch, uint64_t value_count, OutputFormat output) {
-  return align_up((pooling == Pooling::none ? value_count : batch) * size_t(dim) * value_bytes(output));
+// How the block of an entry is pooled, whose feature asks for `pooling`.
+inline Pooling block_pooling(const FeatureEntry& entry, Pooling pooling) {
+  if (entry.flags & kRowsEntry) return Pooling::none;
+  return (entry.flags & kPartialEntry) && pooling == Pooling::mean ? Pooling::sum : pooling;
+}
+
+// Bytes of one entry's block in a response slot: rows of the entry's format, padded to 64.
+inline size_t block_bytes(const FeatureEntry& entry, Pooling pooling, int32_t dim, uint32_t batch, OutputFormat output) {
+  const uint64_t rows = block_pooling(entry, pooling) == Pooling::none ? entry.value_count : entry.bag_count(batch);
+  return align_up(rows * size_t(dim) * value_bytes(entry.format(output)));
 }
 
 // Identifies the clock behind now_ns: equal on two processes of one host.

@@ -22,7 +22,7 @@ PoolTask part_of(const PoolTask& whole, const Range& range) {
 
 }  // namespace
 
-void cut(const PoolTask& whole, uint32_t entry, int64_t values, std::vector<PoolTask>& tasks, std::vector<Part>& parts) {
+void cut(const PoolTask& whole, uint32_t entry, int64_t values, std::vector<PoolTask>& tasks, std::vector<TaskPart>& parts) {
   Range range{0, 0, 0, 0};
   // What is left beyond a cut should be worth a task of its own.
   if (whole.value_count >= 2 * values) {

@@ -9,7 +9,7 @@
 namespace sidepool {
 
 // A task and the feature that it is part of.
-struct Part {
+struct TaskPart {
   uint32_t entry = 0;     // position of the feature within the request
   int64_t first_bag = 0;  // of the feature
   bool last = true;       // of the feature
@@ -19,7 +19,7 @@ struct Part {
 // more. A bag is never split, so every sum keeps its order. Lengths are read once each and only to find the cuts: every task
 // has its own range of values, which pooling checks its lengths against again. Where lengths are wrong the rest of the
 // feature stays in one task, whose pooling refuses them as it would refuse the whole.
-void cut(const PoolTask& whole, uint32_t entry, int64_t values, std::vector<PoolTask>& tasks, std::vector<Part>& parts);
+void cut(const PoolTask& whole, uint32_t entry, int64_t values, std::vector<PoolTask>& tasks, std::vector<TaskPart>& parts);
 
 // Appends pieces of about `values` ids: consecutive tasks, small ones together.
 void group(const std::vector<PoolTask>& tasks, int64_t values, std::vector<Piece>& pieces);

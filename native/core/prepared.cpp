@@ -79,11 +79,10 @@ void PreparedFrames::add(std::string_view bytes) {
   const int64_t* values = request.values;
   size_t payload = 0;
   for (const FeatureEntry& entry : request.entries) {
-    const bool held =
-        entry.feature < uint32_t(tables_->feature_count()) && tables_->feature(int32_t(entry.feature)).table >= 0;
-    if (!held) throw Error(Status::rejected, "feature " + std::to_string(entry.feature) + " is not held");
-    const Feature& feature = tables_->feature(int32_t(entry.feature));
-    const Table& table = tables_->table(feature.table);
+    const Table* held = tables_->held(entry.feature, entry.shard);
+    if (held == nullptr) throw Error(Status::rejected, "feature " + std::to_string(entry.feature) + " is not held");
+    const Table& table = *held;
+    const Pooling pooling = tables_->feature(int32_t(entry.feature)).pooling;
     const int64_t row = int64_t(row_bytes(table.format, table.dim));
     const std::byte* base = table.base.load(std::memory_order_acquire);
     for (uint64_t i = 0; i < entry.value_count; ++i, ++values) {
@@ -92,7 +91,7 @@ void PreparedFrames::add(std::string_view bytes) {
       frame.rows.push_back(base + *values * row);
     }
     frame.runs.push_back({base, size_t(entry.value_count), row});
-    payload += block_bytes(feature.pooling, table.dim, request.header.batch, entry.value_count, request.header.output_format);
+    payload += block_bytes(entry, pooling, table.dim, request.header.batch, request.header.output_format);
   }
   if (payload > payload_.bytes()) payload_ = Mapping::anonymous(payload);
   frames_.push_back(std::move(frame));

@@ -39,7 +39,7 @@ void RoutedLookup::admit(const Routes& routes, const Part* parts, size_t count, 
   batches_.assign(count, 0);
   out_rows_.assign(count, 0);
   value_begin_.assign(count * (features + 1), 0);
-  cursor_.assign(count * features, 0);
+  cursor_.assign(count * routes.legs.size(), {});
   sequence_begin_.assign(count * features, 0);
   faults.assign(count, Fault{});
   total_samples_ = 0;
@@ -51,6 +51,18 @@ void RoutedLookup::admit(const Routes& routes, const Part* parts, size_t count, 
     total_samples_ += batches_[p];
     faults[p] = check(p);
   }
+  sorted_.reset(routes, count);
+  if (routes.sorted_bands == 0) return;
+  for (size_t p = 0; p < count; ++p)
+    if (faults[p].status == Status::ok) sorted_.sort(p, parts[p], batches_[p], &value_begin_[p * (features + 1)]);
+}
+
+void RoutedLookup::assign(const std::vector<int32_t>& sidecar_of_set) {
+  sidecar_of_set_.assign(sidecar_of_set.begin(), sidecar_of_set.end());
+  legs_of_.resize(size_t(routes_->sidecars));
+  for (std::vector<int32_t>& legs : legs_of_) legs.clear();
+  for (size_t l = 0; l < routes_->legs.size(); ++l)
+    legs_of_[size_t(sidecar_of_set[size_t(routes_->legs[l].holders)])].push_back(int32_t(l));
 }
 
 // Refused parts have no sequence rows: the rows of the others follow one another.
@@ -172,20 +184,57 @@ uint64_t RoutedLookup::count_values(size_t p, int32_t f, int64_t begin, int64_t 
   return sum;
 }
 
-bool RoutedLookup::fits(int32_t s, int64_t batch, uint64_t values, uint64_t sequence_values, OutputFormat output,
-                        const SlotBudget& budget) const {
-  const std::vector<int32_t>& mine = routes_->of_sidecar[size_t(s)];
-  uint64_t dims = 0;
-  for (const int32_t f : mine) dims += routes_->features[size_t(f)].pooling == Pooling::none ? 0 : uint64_t(routes_->features[size_t(f)].dim);
-  const uint64_t request = sizeof(RequestHeader) + mine.size() * (sizeof(FeatureEntry) + uint64_t(batch) * sizeof(int32_t)) +
-                           values * (sizeof(int64_t) + (routes_->any_weighted ? sizeof(float) : 0)) + kSectionSlack;
-  const uint64_t response = (uint64_t(batch) * dims + sequence_values) * value_bytes(output) + mine.size() * kAlign;
+uint64_t RoutedLookup::count_leg_values(size_t p, int32_t l, int64_t begin, int64_t end) const {
+  const int32_t sorted = routes_->legs[size_t(l)].sorted;
+  if (sorted < 0) return count_values(p, band_of(l).feature, begin, end);
+  if (begin == 0 && end == batches_[p]) return sorted_.count(p, sorted);
+  const int32_t* lengths = sorted_.lengths(p, sorted);
+  uint64_t sum = 0;
+  for (int64_t b = begin; b < end; ++b) sum += uint64_t(lengths[b]);
+  return sum;
+}
+
+uint64_t RoutedLookup::count_leg_bags(size_t p, int32_t l, int64_t begin, int64_t end) const {
+  const int32_t sorted = routes_->legs[size_t(l)].sorted;
+  if (sorted < 0) return uint64_t(end - begin);
+  const int32_t* lengths = sorted_.lengths(p, sorted);
+  return uint64_t(end - begin) - uint64_t(std::count(lengths + begin, lengths + end, 0));
+}
+
+int64_t RoutedLookup::values_before(size_t p, int32_t l, int64_t bag) {
+  Cursor& at = cursor_[p * routes_->legs.size() + size_t(l)];
+  if (bag < at.bag) at = {};
+  at.values += int64_t(count_leg_values(p, l, at.bag, bag));
+  at.bag = bag;
+  return at.values;
+}
+
+// What samples of a part add to the subrequests of a chunk.
+void RoutedLookup::add_cost(size_t p, int64_t begin, int64_t end, OutputFormat output) {
+  std::fill(block_cost_.begin(), block_cost_.end(), Cost{});
+  for (size_t s = 0; s < legs_of_.size(); ++s) {
+    Cost& cost = block_cost_[s];
+    for (const int32_t l : legs_of_[s]) {
+      const Band& band = band_of(l);
+      const RoutedFeature& feature = routes_->features[size_t(band.feature)];
+      const uint64_t values = count_leg_values(p, l, begin, end), bags = count_leg_bags(p, l, begin, end);
+      const bool rows = feature.pooling == Pooling::none || routes_->rows_travel;
+      cost.request += values * (sizeof(int64_t) + (feature.weighted ? sizeof(float) : 0)) + bags * sizeof(int32_t);
+      cost.response += (rows ? values : bags) * uint64_t(band.columns) * (band.partial ? sizeof(float) : value_bytes(output));
+    }
+  }
+}
+
+bool RoutedLookup::fits(int32_t s, int64_t batch, const SlotBudget& budget) const {
+  const Cost &chunk = chunk_cost_[size_t(s)], &block = block_cost_[size_t(s)];
+  const size_t legs = legs_of_[size_t(s)].size();
+  const uint64_t request = sizeof(RequestHeader) + legs * sizeof(FeatureEntry) + chunk.request + block.request + kSectionSlack;
+  const uint64_t response = chunk.response + block.response + legs * kAlign;
   return request <= budget.request_bytes && response <= budget.payload_bytes && batch <= int64_t(kMaxBatch);
 }
 
 void RoutedLookup::plan(const std::vector<SlotBudget>& budgets, OutputFormat output, std::vector<Fault>& faults) {
-  const size_t sidecars = routes_->of_sidecar.size();
-  const size_t features = routes_->features.size();
+  const size_t sidecars = legs_of_.size();
   for (bool again = true; again;) {
     again = false;
     live_.clear();
@@ -199,42 +248,35 @@ void RoutedLookup::plan(const std::vector<SlotBudget>& budgets, OutputFormat out
     }
     if (samples == 0) return;
     Chunk chunk{0, 0};
-    cost_values_.assign(sidecars, 0);
-    cost_sequence_.assign(sidecars, 0);
+    chunk_cost_.assign(sidecars, {});
+    block_cost_.assign(sidecars, {});
     for (size_t l = 0; l < live_.size() && !again; ++l) {
       const size_t p = live_[l].part;
       // Whole parts first; halves of what does not fit, down to one sample.
       int64_t step = batches_[p];
       for (int64_t a = 0; a < batches_[p];) {
         const int64_t b = std::min(a + step, batches_[p]);
-        block_values_.assign(sidecars, 0);
-        block_sequence_.assign(sidecars, 0);
-        for (size_t f = 0; f < features; ++f) {
-          const RoutedFeature& feature = routes_->features[f];
-          const uint64_t n = count_values(p, int32_t(f), a, b);
-          block_values_[size_t(feature.sidecar)] += n;
-          if (feature.pooling == Pooling::none) block_sequence_[size_t(feature.sidecar)] += n * uint64_t(feature.dim);
-        }
+        add_cost(p, a, b, output);
         bool fit = true;
         for (size_t s = 0; s < sidecars && fit; ++s)
-          fit = routes_->of_sidecar[s].empty() || fits(int32_t(s), chunk.end - chunk.begin + b - a, cost_values_[s] + block_values_[s],
-                                                       cost_sequence_[s] + block_sequence_[s], output, budgets[s]);
+          fit = legs_of_[s].empty() || fits(int32_t(s), chunk.end - chunk.begin + b - a, budgets[s]);
         if (fit) {
           chunk.end += b - a;
           for (size_t s = 0; s < sidecars; ++s) {
-            cost_values_[s] += block_values_[s];
-            cost_sequence_[s] += block_sequence_[s];
+            chunk_cost_[s].request += block_cost_[s].request;
+            chunk_cost_[s].response += block_cost_[s].response;
           }
           a = b;
         } else if (chunk.end > chunk.begin && (step == 1 || (chunk.end - chunk.begin) * 2 >= step)) {
           chunks_.push_back(chunk);
           chunk = {chunk.end, chunk.end};
-          cost_values_.assign(sidecars, 0);
-          cost_sequence_.assign(sidecars, 0);
+          chunk_cost_.assign(sidecars, {});
         } else if (step > 1) {
           step = (b - a + 1) / 2;
         } else {
-          faults[p] = {Status::rejected, Reason::too_large, -1, a, int64_t(*std::max_element(block_values_.begin(), block_values_.end()) * 8)};
+          uint64_t largest = 0;
+          for (const Cost& cost : block_cost_) largest = std::max({largest, cost.request, cost.response});
+          faults[p] = {Status::rejected, Reason::too_large, -1, a, int64_t(largest)};
           again = true;
           break;
         }
@@ -253,156 +295,6 @@ void RoutedLookup::segments(size_t chunk) {
   for (size_t l = 0; l < live_.size(); ++l) {
     const int64_t begin = std::max(c.begin, live_[l].begin), end = std::min(c.end, live_[l].end);
     if (begin < end) segments_.push_back({l, begin - live_[l].begin, end - live_[l].begin});
-  }
-}
-
-RoutedLookup::Size RoutedLookup::measure(size_t chunk, int32_t s, std::vector<uint64_t>& counts) {
-  segments(chunk);
-  const std::vector<int32_t>& mine = routes_->of_sidecar[size_t(s)];
-  const bool jagged = std::any_of(segments_.begin(), segments_.end(), [this](const Segment& g) { return parts_[live_[g.live].part].lengths != nullptr; });
-  Size size;
-  counts.assign(mine.size(), 0);
-  uint64_t weights = 0;
-  for (size_t i = 0; i < mine.size(); ++i) {
-    for (const Segment& g : segments_) counts[i] += count_values(live_[g.live].part, mine[i], g.begin, g.end);
-    size.values += counts[i];
-    if (routes_->features[size_t(mine[i])].weighted) weights += counts[i];
-  }
-  size.layout = request_layout(mine.size(), jagged ? mine.size() * chunk_batch(chunk) : 0, size.values, weights);
-  return size;
-}
-
-void RoutedLookup::encode(size_t chunk, int32_t s, const std::vector<uint64_t>& counts, const Size& size, std::byte* frame) {
-  segments(chunk);
-  const std::vector<int32_t>& mine = routes_->of_sidecar[size_t(s)];
-  Sections to{reinterpret_cast<int32_t*>(frame + size.layout.lengths), reinterpret_cast<int64_t*>(frame + size.layout.values),
-              reinterpret_cast<float*>(frame + size.layout.weights)};
-  const bool jagged = size.layout.values != size.layout.lengths;
-  for (size_t i = 0; i < mine.size(); ++i) {
-    const RoutedFeature& feature = routes_->features[size_t(mine[i])];
-    FeatureEntry entry;
-    entry.feature = uint32_t(mine[i]);
-    entry.flags = feature.weighted ? kWeightedEntry : 0;
-    entry.fixed_length = jagged ? -1 : feature.fixed_width;
-    entry.value_count = counts[i];
-    std::memcpy(frame + size.layout.entries + i * sizeof entry, &entry, sizeof entry);
-  }
-  if (!jagged && !routes_->any_weighted) {
-    transpose_ids(mine, counts, to.values);
-    return;
-  }
-  for (const int32_t f : mine)
-    for (const Segment& g : segments_) encode_bags(f, g, jagged, to);
-}
-
-// Fixed-width ids without weights: from sample-major to feature-major, in blocks of samples that stay in the L1 cache
-// (64 samples of 26 ids are 13 KB) while every feature picks its columns.
-void RoutedLookup::transpose_ids(const std::vector<int32_t>& mine, const std::vector<uint64_t>& counts, int64_t* values) const {
-  constexpr int64_t kBlock = 64;
-  int64_t done = 0;
-  for (const Segment& g : segments_) {
-    const Part& part = parts_[live_[g.live].part];
-    part.with_values([&](const auto* ids) {
-      for (int64_t begin = g.begin; begin < g.end; begin += kBlock) {
-        const int64_t end = std::min(begin + kBlock, g.end);
-        int64_t* of_feature = values;
-        for (size_t i = 0; i < mine.size(); ++i) {
-          const RoutedFeature& feature = routes_->features[size_t(mine[i])];
-          const auto* from = ids + begin * part.fixed_width + feature.fixed_begin;
-          int64_t* to = of_feature + done * feature.fixed_width;
-          for (int64_t b = begin; b < end; ++b, from += part.fixed_width)
-            for (int32_t k = 0; k < feature.fixed_width; ++k) *to++ = from[k];
-          of_feature += counts[i];
-        }
-        done += end - begin;
-      }
-    });
-  }
-}
-
-// One feature's lengths, ids and weights of one segment, appended to the sections.
-void RoutedLookup::encode_bags(int32_t f, const Segment& g, bool with_lengths, Sections& to) {
-  const RoutedFeature& feature = routes_->features[size_t(f)];
-  const size_t p = live_[g.live].part, features = routes_->features.size();
-  const Part& part = parts_[p];
-  const int64_t samples = g.end - g.begin;
-  int64_t from, count;
-  if (part.lengths != nullptr) {
-    std::memcpy(to.lengths, part.lengths + int64_t(f) * batches_[p] + g.begin, size_t(samples) * sizeof(int32_t));
-    to.lengths += samples;
-    count = int64_t(count_values(p, f, g.begin, g.end));
-    int64_t& cursor = cursor_[p * features + size_t(f)];
-    from = value_begin_[p * (features + 1) + size_t(f)] + cursor;
-    cursor += count;
-    to.values = part.with_values([&](const auto* ids) { return std::copy_n(ids + from, count, to.values); });
-    if (feature.weighted) {
-      std::memcpy(to.weights, part.weights + from, size_t(count) * sizeof(float));
-      to.weights += count;
-    }
-    return;
-  }
-  if (with_lengths) to.lengths = std::fill_n(to.lengths, samples, feature.fixed_width);
-  for (int64_t b = g.begin; b < g.end; ++b) {
-    from = b * part.fixed_width + feature.fixed_begin;
-    to.values = part.with_values([&](const auto* ids) { return std::copy_n(ids + from, feature.fixed_width, to.values); });
-    if (feature.weighted) to.weights = std::copy_n(part.weights + from, feature.fixed_width, to.weights);
-  }
-}
-
-std::byte* RoutedLookup::pooled_rows(const Segment& g, const RoutedFeature& feature, const LookupOutput& out) const {
-  const int64_t value = (live_[g.live].out_row + g.begin) * out.stride + feature.out_column;
-  return out.pooled + value * int64_t(value_bytes(out.format));
-}
-
-std::byte* RoutedLookup::sequence_rows(const Segment& g, int32_t f, const LookupOutput& out) const {
-  const RoutedFeature& feature = routes_->features[size_t(f)];
-  const size_t p = live_[g.live].part;
-  const int64_t row = sequence_begin_[p * routes_->features.size() + size_t(f)] + int64_t(count_values(p, f, 0, g.begin));
-  return out.sequences[feature.sequence] + row * feature.dim * int64_t(value_bytes(out.format));
-}
-
-void RoutedLookup::merge(size_t chunk, int32_t f, const std::byte* block, const LookupOutput& out) {
-  segments(chunk);
-  const RoutedFeature& feature = routes_->features[size_t(f)];
-  const size_t row = size_t(feature.dim) * value_bytes(out.format);
-  if (feature.pooling == Pooling::none) {
-    for (const Segment& g : segments_) {
-      const uint64_t n = count_values(live_[g.live].part, f, g.begin, g.end);
-      std::memcpy(sequence_rows(g, f, out), block, n * row);
-      block += n * row;
-    }
-    return;
-  }
-  const size_t stride = size_t(out.stride) * value_bytes(out.format);
-  for (const Segment& g : segments_) {
-    std::byte* to = pooled_rows(g, feature, out);
-    for (int64_t b = g.begin; b < g.end; ++b, to += stride, block += row) std::memcpy(to, block, row);
-  }
-}
-
-void RoutedLookup::zero(size_t chunk, int32_t f, const LookupOutput& out) {
-  segments(chunk);
-  const RoutedFeature& feature = routes_->features[size_t(f)];
-  const size_t row = size_t(feature.dim) * value_bytes(out.format), stride = size_t(out.stride) * value_bytes(out.format);
-  for (const Segment& g : segments_) {
-    if (feature.pooling == Pooling::none) {
-      const uint64_t n = count_values(live_[g.live].part, f, g.begin, g.end);
-      std::memset(sequence_rows(g, f, out), 0, n * row);  // bits of zero, whatever the format
-      continue;
-    }
-    std::byte* to = pooled_rows(g, feature, out);
-    for (int64_t b = g.begin; b < g.end; ++b, to += stride) std::memset(to, 0, row);
-  }
-}
-
-void RoutedLookup::zero_refused(const std::vector<Fault>& faults, const LookupOutput& out) {
-  const size_t bytes = value_bytes(out.format), stride = size_t(out.stride) * bytes;
-  size_t row = 0;
-  for (const RoutedFeature& feature : routes_->features)
-    if (feature.pooling != Pooling::none) row += size_t(feature.dim) * bytes;
-  for (size_t p = 0; p < part_count_; ++p) {
-    if (faults[p].status == Status::ok) continue;
-    for (int64_t b = 0; b < batches_[p]; ++b) std::memset(out.pooled + size_t(out_rows_[p] + b) * stride, 0, row);
   }
 }
 

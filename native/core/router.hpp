@@ -4,61 +4,24 @@
 #include <vector>
 
 #include "frames.hpp"
+#include "part.hpp"
+#include "partials.hpp"
+#include "routes.hpp"
+#include "sorted_ids.hpp"
 
 namespace sidepool {
-
-// A feature as the ranker needs to know it.
-struct RoutedFeature {
-  int64_t rows = 0;
-  int32_t dim = 0;
-  Pooling pooling = Pooling::sum;
-  bool weighted = false;
-  OutOfRange policy = OutOfRange::error;
-  int32_t sidecar = 0;
-  int64_t out_column = 0;   // first value of this feature in an output row; unused for none
-  int32_t sequence = -1;    // index among the `none` features
-  int32_t fixed_begin = 0;  // columns of a fixed-width id matrix
-  int32_t fixed_width = 1;
-};
-
-// One request's ids, int64 or int32; frames carry int64. Jagged: lengths is [features × batch], feature-major.
-// Fixed-width: lengths is null and values is [batch, width].
-struct Part {
-  const void* values = nullptr;
-  bool int32_values = false;
-  int64_t value_count = 0;
-  const int32_t* lengths = nullptr;
-  int64_t length_count = 0;
-  const float* weights = nullptr;
-  int64_t weight_count = 0;
-  int64_t fixed_batch = 0;
-  int64_t fixed_width = 0;
-
-  // Calls `use` with the ids as what they are: a loop over them is compiled for each.
-  template <class Use>
-  auto with_values(Use use) const {
-    return int32_values ? use(static_cast<const int32_t*>(values)) : use(static_cast<const int64_t*>(values));
-  }
-};
-
-struct LookupOutput {
-  std::byte* pooled = nullptr;
-  int64_t stride = 0;  // values from one row to the next
-  std::byte* const* sequences = nullptr;
-  OutputFormat format = OutputFormat::fp32;
-};
-
-// The plan as a ranker uses it; immutable once built.
-struct Routes {
-  std::vector<RoutedFeature> features;
-  std::vector<std::vector<int32_t>> of_sidecar;  // features of each sidecar, in plan order
-  bool any_weighted = false;
-  int32_t max_fixed_column = 0;  // columns a fixed-width matrix must have
-};
 
 struct SlotBudget {
   size_t request_bytes = 0;
   size_t payload_bytes = 0;
+};
+
+// What one subrequest asks for, leg by leg. Legs of cut tables without ids are left out.
+struct Asked {
+  std::vector<int32_t> legs;
+  std::vector<FeatureEntry> entries;  // one per leg
+  RequestLayout layout;
+  uint64_t values = 0;
 };
 
 // One lookup being routed. Reused from lookup to lookup by its thread: memory grows to the largest and stays.
@@ -66,28 +29,33 @@ class RoutedLookup {
  public:
   // Check every part and say what is wrong in `faults` (one per part). Parts with a fault take no part in what follows.
   void admit(const Routes& routes, const Part* parts, size_t count, std::vector<Fault>& faults);
+  // Settle which sidecar answers for each set of holders.
+  void assign(const std::vector<int32_t>& sidecar_of_set);
+  // Legs that a sidecar was assigned, in plan order.
+  const std::vector<int32_t>& legs_of(int32_t sidecar) const { return legs_of_[size_t(sidecar)]; }
 
   // Cut the samples into chunks that fit every sidecar's slots. A part with a sample too large for any slot is faulted.
   void plan(const std::vector<SlotBudget>& budgets, OutputFormat output, std::vector<Fault>& faults);
   size_t chunk_count() const { return chunks_.size(); }
 
-  // Samples of the whole call and of the chunk.
+  // Samples of the whole call and of the chunk; ids outside their tables that were settled here.
   int64_t samples() const { return total_samples_; }
+  int64_t out_of_range() const { return sorted_.out_of_range(); }
   uint32_t chunk_batch(size_t chunk) const { return uint32_t(chunks_[chunk].end - chunks_[chunk].begin); }
 
-  // What one subrequest needs; `counts` gets the number of values per feature of the sidecar. Chunks must be measured
-  // and encoded in order, each sidecar once per chunk.
-  struct Size {
-    RequestLayout layout;
-    uint64_t values = 0;
-  };
-  Size measure(size_t chunk, int32_t sidecar, std::vector<uint64_t>& counts);
-  // Write entries, lengths, values and weights behind the header at `frame`; consumes the chunk's values.
-  void encode(size_t chunk, int32_t sidecar, const std::vector<uint64_t>& counts, const Size& size, std::byte* frame);
+  // What a subrequest for these legs needs. Any legs, any number of times.
+  void measure(size_t chunk, const std::vector<int32_t>& legs, Asked& asked);
+  // Write entries, lengths, values and weights behind the header at `frame`.
+  void encode(size_t chunk, const Asked& asked, std::byte* frame);
+  // Bytes of the block that answers the entry at `position`.
+  size_t answer_bytes(size_t chunk, const Asked& asked, size_t position, OutputFormat output) const;
 
-  // Copy one feature's block into the output. `position` is its place among the sidecar's features.
-  void merge(size_t chunk, int32_t feature, const std::byte* block, const LookupOutput& out);
-  void zero(size_t chunk, int32_t feature, const LookupOutput& out);
+  // Between begin_merge and finish_merge of a chunk, merge every leg's block, or say that it is lost.
+  void begin_merge(size_t chunk, const LookupOutput& out);
+  void merge(size_t chunk, int32_t leg, const std::byte* block, const LookupOutput& out);
+  // Rows of the leg are as if their ids were absent.
+  void lose(size_t chunk, int32_t leg, const LookupOutput& out);
+  void finish_merge(size_t chunk, const LookupOutput& out);
   // Output rows of parts that were refused.
   void zero_refused(const std::vector<Fault>& faults, const LookupOutput& out);
 
@@ -105,6 +73,10 @@ class RoutedLookup {
     int64_t begin, end;  // samples of the part
   };
 
+  // The last answer of values_before: chunks ask in order, so that each length is summed once.
+  struct Cursor {
+    int64_t bag = 0, values = 0;
+  };
   // Where the next lengths, ids and weights of a frame go.
   struct Sections {
     int32_t* lengths;
@@ -116,14 +88,23 @@ class RoutedLookup {
   Fault check_jagged(size_t part);
   Fault check_fixed(size_t part);
   uint64_t count_values(size_t part, int32_t feature, int64_t begin, int64_t end) const;
+  uint64_t count_leg_values(size_t part, int32_t leg, int64_t begin, int64_t end) const;
+  uint64_t count_leg_bags(size_t part, int32_t leg, int64_t begin, int64_t end) const;
+  // Values of a leg (or of a whole leg's feature) in bags before `bag`.
+  int64_t values_before(size_t part, int32_t leg, int64_t bag);
   void segments(size_t chunk);
-  void transpose_ids(const std::vector<int32_t>& mine, const std::vector<uint64_t>& counts, int64_t* values) const;
-  void encode_bags(int32_t feature, const Segment& segment, bool with_lengths, Sections& to);
-  std::byte* pooled_rows(const Segment& segment, const RoutedFeature& feature, const LookupOutput& out) const;
-  std::byte* sequence_rows(const Segment& segment, int32_t feature, const LookupOutput& out) const;
+  const RoutedFeature& feature_of(int32_t leg) const { return routes_->features[size_t(band_of(leg).feature)]; }
+  const Band& band_of(int32_t leg) const { return routes_->bands[size_t(routes_->legs[size_t(leg)].band)]; }
+  void add_cost(size_t part, int64_t begin, int64_t end, OutputFormat output);
+  bool fits(int32_t sidecar, int64_t batch, const SlotBudget& budget) const;
+  void transpose_ids(const Asked& asked, int64_t* values) const;
+  void encode_bags(int32_t leg, const Segment& segment, bool with_lengths, Sections& to);
+  void encode_sorted(int32_t leg, const Segment& segment, bool with_lengths, Sections& to);
+  OutputRows pooled_rows(const Segment& segment, const Band& band, const LookupOutput& out) const;
+  std::byte* sequence_rows(size_t part, const Band& band, int64_t row, const LookupOutput& out) const;
+  void merge_whole(int32_t leg, const std::byte* block, const LookupOutput& out);
+  void merge_sequence(int32_t leg, const std::byte* block, const LookupOutput& out);
   void place_sequences(const std::vector<Fault>& faults);
-  bool fits(int32_t sidecar, int64_t batch, uint64_t values, uint64_t sequence_values, OutputFormat output,
-            const SlotBudget& budget) const;
 
   const Routes* routes_ = nullptr;
   const Part* parts_ = nullptr;
@@ -132,14 +113,21 @@ class RoutedLookup {
   std::vector<int64_t> batches_;
   std::vector<int64_t> out_rows_;
   std::vector<int64_t> value_begin_;     // [part, feature]: first value of the feature in the part (jagged)
-  std::vector<int64_t> cursor_;          // [part, feature]: values consumed by encoded chunks (jagged)
+  std::vector<Cursor> cursor_;           // [part, leg]
   std::vector<int64_t> sequence_begin_;  // [part, feature]: first output row in the feature's sequence
   std::vector<Live> live_;
   std::vector<Chunk> chunks_;
   std::vector<Segment> segments_;
   size_t segments_of_ = SIZE_MAX;
   std::vector<uint64_t> column_last_, column_signs_;
-  std::vector<uint64_t> cost_values_, cost_sequence_, block_values_, block_sequence_;
+  std::vector<int32_t> sidecar_of_set_;
+  std::vector<std::vector<int32_t>> legs_of_;
+  struct Cost {
+    uint64_t request = 0, response = 0;
+  };
+  std::vector<Cost> chunk_cost_, block_cost_;  // per sidecar
+  SortedIds sorted_;
+  Partials partials_;
 };
 
 }  // namespace sidepool

@@ -21,14 +21,14 @@ class BagCursor {
 
   BagInput next(const FeatureEntry& entry) {
     BagInput input;
-    input.batch = int32_t(request_.header.batch);
+    input.batch = int32_t(entry.bag_count(request_.header.batch));
     input.values = values_;
     input.value_count = int64_t(entry.value_count);
     values_ += entry.value_count;
     input.fixed_length = entry.fixed_length;
     if (entry.fixed_length < 0) {
       input.lengths = lengths_;
-      lengths_ += request_.header.batch;
+      lengths_ += input.batch;
     }
     if (entry.flags & kWeightedEntry) {
       input.weights = weights_;
@@ -45,9 +45,10 @@ class BagCursor {
 };
 
 Fault check_entry(const TableSet& tables, const FeatureEntry& entry) {
-  if (entry.feature >= uint32_t(tables.feature_count()) || tables.feature(int32_t(entry.feature)).table < 0)
+  if (tables.held(entry.feature, entry.shard) == nullptr)
     return {Status::rejected, Reason::unknown_feature, int32_t(entry.feature), -1, int64_t(entry.feature)};
   const bool weighted = (entry.flags & kWeightedEntry) != 0;
+  if ((entry.flags & kRowsEntry) && !weighted) return {};
   if (weighted != tables.feature(int32_t(entry.feature)).weighted)
     return {Status::rejected, weighted ? Reason::weights_unexpected : Reason::weights_missing, int32_t(entry.feature), -1, 0};
   return {};
@@ -66,7 +67,7 @@ struct Plan {
   std::vector<PoolTask> features;  // one per feature of the request
   std::vector<size_t> ends;        // bytes of the response up to the end of each feature
   std::vector<PoolTask> tasks;     // the same, cut for sharing
-  std::vector<Part> parts;         // what each of `tasks` is part of
+  std::vector<TaskPart> parts;         // what each of `tasks` is part of
   std::vector<Piece> pieces;
 };
 
@@ -87,12 +88,12 @@ Fault plan_features(const TableSet& tables, const ServeInput& input, Plan& plan)
     const Fault fault = check_entry(tables, entry);
     if (fault.status != Status::ok) return fault;
     const Feature& feature = tables.feature(int32_t(entry.feature));
-    const Table& table = tables.table(feature.table);
-    const size_t block = block_bytes(feature.pooling, table.dim, request.header.batch, entry.value_count, output);
+    const Table& table = *tables.held(entry.feature, entry.shard);
+    const size_t block = block_bytes(entry, feature.pooling, table.dim, request.header.batch, output);
     if (block > input.payload_capacity - used)
       return {Status::rejected, Reason::too_large, int32_t(entry.feature), -1, int64_t(used + block)};
-    plan.features.push_back(pool_task(table, feature.pooling, cursor.next(entry), input.payload + used, table.dim, output,
-                                      feature.padding_index));
+    plan.features.push_back(pool_task(table, block_pooling(entry, feature.pooling), cursor.next(entry), input.payload + used,
+                                      table.dim, entry.format(output), feature.padding_index));
     used += block;
     plan.ends.push_back(used);
   }
@@ -106,10 +107,11 @@ class Settlement {
   Settlement(const TableSet& tables, const ParsedRequest& request, const Plan& plan, ResponseSink& sink, TableCounters* counters)
       : tables_(tables), request_(request), plan_(plan), sink_(sink), counters_(counters) {}
 
-  Fault settle(const PoolTask& task, const Part& part) {
-    const uint32_t feature = request_.entries[part.entry].feature;
+  Fault settle(const PoolTask& task, const TaskPart& part) {
+    const FeatureEntry& entry = request_.entries[part.entry];
+    const uint32_t feature = entry.feature;
     if (counters_ != nullptr) {
-      TableCounters& c = counters_[tables_.feature(int32_t(feature)).table];
+      TableCounters& c = counters_[tables_.feature(int32_t(feature)).table + entry.shard];
       c.lookups.add(part.first_bag == 0);
       c.rows.add(task.rows_read);
       c.bytes.add(task.rows_read * task.row_bytes);

@@ -364,11 +364,10 @@ std::string SidecarServer::serve_frame(const std::byte* frame, size_t bytes) {
   } else {
     size_t payload = 0;
     for (const FeatureEntry& entry : request.entries) {
-      if (!tables || entry.feature >= uint32_t(tables->feature_count())) continue;
-      const Feature& feature = tables->feature(int32_t(entry.feature));
-      if (feature.table >= 0)
-        payload += block_bytes(feature.pooling, tables->table(feature.table).dim, request.header.batch, entry.value_count,
-                               request.header.output_format);
+      const Table* table = tables ? tables->held(entry.feature, entry.shard) : nullptr;
+      if (table == nullptr) continue;
+      payload += block_bytes(entry, tables->feature(int32_t(entry.feature)).pooling, table->dim, request.header.batch,
+                             request.header.output_format);
     }
     payload = std::min<size_t>(payload, max_frame_bytes_);
     Mapping block = Mapping::anonymous(std::max<size_t>(payload, kAlign));

@@ -133,7 +133,7 @@ std::byte* TableSet::add_memory(int32_t index, size_t bytes) {
   return memory;
 }
 
-void TableSet::add_feature(int32_t index, int32_t table, Pooling pooling, bool weighted, int64_t padding_index) {
+void TableSet::add_feature(int32_t index, int32_t table, Pooling pooling, bool weighted, int64_t padding_index, int32_t shards) {
   const std::string where = "feature " + std::to_string(index);
   if (sealed_) throw Error(Status::plan, where + ": added after the set was sealed");
   if (index < 0 || index >= feature_count()) {
@@ -143,23 +143,32 @@ void TableSet::add_feature(int32_t index, int32_t table, Pooling pooling, bool w
     throw Error(Status::plan, where + ": table: found " + std::to_string(table) + "; allowed: -1 (not held here) to " +
                                   std::to_string(table_count_ - 1));
   }
+  if (shards < 1 || (table >= 0 && shards > table_count_ - table)) {
+    throw Error(Status::plan, where + ": shards: found " + std::to_string(shards) + "; allowed: 1 to " +
+                                  std::to_string(table_count_ - std::max(table, 0)));
+  }
   if (weighted && pooling != Pooling::sum && pooling != Pooling::mean) {
     throw Error(Status::plan, where + ": weighted: found with pooling max or none; allowed with: sum, mean");
   }
-  features_[size_t(index)] = {table, pooling, weighted, padding_index};
+  features_[size_t(index)] = {table, shards, pooling, weighted, padding_index};
 }
 
 void TableSet::seal() {
   for (size_t i = 0; i < features_.size(); ++i) {
-    const int32_t table = features_[i].table;
-    if (table >= 0 && tables_[size_t(table)].base.load(std::memory_order_relaxed) == nullptr) {
-      throw Error(Status::plan, "feature " + std::to_string(i) + ": table " + std::to_string(table) + " was not added");
+    const Feature& feature = features_[i];
+    if (feature.table < 0) continue;
+    const std::string where = "feature " + std::to_string(i);
+    bool held = false;
+    for (int32_t t = feature.table; t < feature.table + feature.shards; ++t) {
+      const Table& table = tables_[size_t(t)];
+      if (table.base.load(std::memory_order_relaxed) == nullptr) continue;
+      held = true;
+      if (feature.padding_index < kNoPadding || feature.padding_index > table.rows) {
+        throw Error(Status::plan, where + ": padding_index: found " + std::to_string(feature.padding_index) + "; allowed: 0 to " +
+                                      std::to_string(table.rows) + ", or -1 for none");
+      }
     }
-    const int64_t padding = features_[i].padding_index;
-    if (table >= 0 && (padding < kNoPadding || padding > tables_[size_t(table)].rows)) {
-      throw Error(Status::plan, "feature " + std::to_string(i) + ": padding_index: found " + std::to_string(padding) +
-                                    "; allowed: 0 to " + std::to_string(tables_[size_t(table)].rows) + ", or -1 for none");
-    }
+    if (!held) throw Error(Status::plan, where + ": table " + std::to_string(feature.table) + " was not added");
   }
   sealed_ = true;
 }

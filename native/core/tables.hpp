@@ -44,7 +44,7 @@ constexpr size_t row_bytes(RowFormat format, int32_t dim) {
 
 constexpr size_t value_bytes(OutputFormat format) { return format == OutputFormat::fp32 ? 4 : 2; }
 
-// A table as the kernels see it. `base` may be replaced once (promotion into huge pages) while lookups run:
+// A table, or a shard of one, as the kernels see it: ids are rows of the shard. `base` may be replaced once (promotion into huge pages) while lookups run:
 // read it once per feature, with acquire.
 struct Table {
   std::atomic<const std::byte*> base{nullptr};
@@ -61,7 +61,8 @@ struct Table {
 constexpr int64_t kNoPadding = -1;
 
 struct Feature {
-  int32_t table = -1;  // -1: not held here
+  int32_t table = -1;  // its first shard; -1: not held here
+  int32_t shards = 1;  // that follow one another, held here or not
   Pooling pooling = Pooling::sum;
   bool weighted = false;
   int64_t padding_index = kNoPadding;  // the id that bags pass over, as torch's embedding_bag
@@ -83,8 +84,11 @@ class TableSet {
   // Copies rows into anonymous memory with huge pages.
   void add_copy(int32_t table, const void* data, int64_t rows, int32_t dim, RowFormat format, OutOfRange policy,
                 int64_t default_row);
-  // padding_index: a row of the table, or its number of rows, an id that is nothing but padding; checked by seal().
-  void add_feature(int32_t feature, int32_t table, Pooling pooling, bool weighted, int64_t padding_index = kNoPadding);
+  // A feature whose table lies in `shards` tables of this set, from `table` on; at least one of them must have been added by
+  // seal(). padding_index: a row of the table, or its number of rows, an id that is nothing but padding; none where rows are
+  // cut, since whoever sorts the ids leaves padding out.
+  void add_feature(int32_t feature, int32_t table, Pooling pooling, bool weighted, int64_t padding_index = kNoPadding,
+                   int32_t shards = 1);
   void seal();
 
   // Where copies of rows lie from now on: before add_copy and promote. Error(plan) on a node that cannot be.
@@ -109,6 +113,12 @@ class TableSet {
   int32_t feature_count() const { return int32_t(features_.size()); }
   const Table& table(int32_t i) const { return tables_[i]; }
   const Feature& feature(int32_t i) const { return features_[i]; }
+  // A shard of a feature's table; null where it is not held here.
+  const Table* held(uint32_t feature, uint32_t shard) const {
+    if (feature >= features_.size() || features_[feature].table < 0 || shard >= uint32_t(features_[feature].shards)) return nullptr;
+    const Table& table = tables_[size_t(features_[feature].table) + shard];
+    return table.base.load(std::memory_order_relaxed) != nullptr ? &table : nullptr;
+  }
   bool sealed() const { return sealed_; }
 
  private:

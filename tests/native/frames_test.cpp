@@ -34,22 +34,14 @@ struct Bytes {
 
 Routes some_routes(int features) {
   Routes routes;
-  routes.of_sidecar.resize(1);
-  int64_t column = 0;
   for (int f = 0; f < features; ++f) {
     RoutedFeature feature;
     feature.rows = 50 + f;
     feature.dim = 4 * (1 + f % 3);
     feature.pooling = Pooling(f % 3);
     feature.weighted = f % 4 == 0;
-    feature.out_column = column;
-    feature.fixed_begin = f;
-    column += feature.dim;
-    routes.any_weighted |= feature.weighted;
-    routes.of_sidecar[0].push_back(f);
-    routes.features.push_back(feature);
+    routes.add_whole(feature, 0);
   }
-  routes.max_fixed_column = features;
   return routes;
 }
 
@@ -102,21 +94,22 @@ std::vector<std::byte> some_request(const Routes& routes, bool jagged) {
   std::vector<Fault> faults;
   routed.admit(routes, &part, 1, faults);
   CHECK(faults[0].status == Status::ok);
+  routed.assign({0});
   routed.plan({SlotBudget{1 << 20, 1 << 20}}, OutputFormat::fp32, faults);
   CHECK(routed.chunk_count() == 1);
-  std::vector<uint64_t> counts;
-  const RoutedLookup::Size size = routed.measure(0, 0, counts);
-  Bytes frame(size.layout.total);
+  Asked asked;
+  routed.measure(0, routed.legs_of(0), asked);
+  Bytes frame(asked.layout.total);
   std::memset(frame.data, 0, frame.size);
-  routed.encode(0, 0, counts, size, frame.data);
+  routed.encode(0, asked, frame.data);
   RequestHeader header;
-  header.frame_bytes = size.layout.total;
+  header.frame_bytes = asked.layout.total;
   header.lookup_id = 1;
   header.epoch = 3;
   header.budget_ns = 1'000'000'000;
   header.batch = uint32_t(batch);
   header.feature_count = uint32_t(features);
-  header.value_count = size.values;
+  header.value_count = asked.values;
   header.output_format = OutputFormat(pick(0, 2));
   std::memcpy(frame.data, &header, sizeof header);
   return frame.copy();

@@ -55,18 +55,13 @@ std::shared_ptr<TableSet> make_tables(int sidecar, int sidecars) {
 
 Routes make_routes(int sidecars) {
   Routes routes;
-  routes.of_sidecar.resize(size_t(sidecars));
+  routes.sidecars = sidecars;
   for (int f = 0; f < kFeatures; ++f) {
     RoutedFeature feature;
     feature.rows = kRows;
     feature.dim = kDim;
-    feature.sidecar = f % sidecars;
-    feature.out_column = f * kDim;
-    feature.fixed_begin = f;
-    routes.of_sidecar[size_t(feature.sidecar)].push_back(f);
-    routes.features.push_back(feature);
+    routes.add_whole(feature, f % sidecars);
   }
-  routes.max_fixed_column = kFeatures;
   return routes;
 }
 

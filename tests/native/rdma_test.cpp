@@ -77,9 +77,7 @@ struct Pair {
     RoutedFeature feature;
     feature.rows = kRows;
     feature.dim = kDim;
-    routes.features.push_back(feature);
-    routes.of_sidecar.push_back({0});
-    routes.max_fixed_column = 1;
+    routes.add_whole(feature, 0);
     return routes;
   }
 };

@@ -49,7 +49,7 @@ def test_a_directory_of_hps_tables_is_spread_over_sidecars(tmp_path: Path) -> No
     for i in range(3):
         write_hps(tmp_path / "model" / f"sparse{i}.model", ROWS + i)
     plan = convert.convert([tmp_path / "model"], tmp_path / "out", name="m", sidecars=2).plan
-    assert sorted(set(plan.sidecar_of_table)) == [0, 1]
+    assert sorted(set(sum(plan.sidecars_of_table, ()))) == [0, 1]
     found = served(tmp_path / "out")
     for i in range(3):
         np.testing.assert_array_equal(found[f"sparse{i}.model"], ROWS + np.float32(i))
