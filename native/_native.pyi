@@ -235,7 +235,8 @@ class LookupClient:
         timings: `[1 + sidecars, 6]` written: row 0 is route_ns, wait_ns, merge_ns, total_ns, chunks, 0;
           row 1 + s is `CLIENT_TIMING_FIELDS` for sidecar s (the slowest chunk's times, bytes summed).
         Returns `(status, sidecar)`: status of the lookup as a whole (a failed sidecar's, else OK) and the sidecar at
-        fault or -1. Under `degrade` rows that nobody answers for are as if their ids were absent, and `degraded()` names the features.
+        fault or -1. Under `degrade` rows that nobody answers for are as if their ids were absent; `degraded()` names the
+        features.
         """
     def repeat(self, ids: NDArray[np.int64], count: int, threads: int) -> int:
         """Look the id matrix `[B, features]` up `count` times from `threads` native threads: nanoseconds for all (benchmarks).

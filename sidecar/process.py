@@ -31,6 +31,10 @@ RELOADABLE = {"log_level", "plan", "shards", "verify", "promote"}
 WAKE_S = 1.0
 
 
+# Within a second a signal that another thread caught is obeyed; waking so rarely costs nothing.
+WAKE_S = 1.0
+
+
 class SidecarProcess:
     """One sidecar. Everything happens on the main thread, one event at a time; `run` returns when it is over."""
 

@@ -65,6 +65,37 @@ Routes make_routes(int sidecars) {
   return routes;
 }
 
+// The same tables with their rows cut in the middle: each of two sidecars holds one half, or, with `copies`, both.
+std::shared_ptr<TableSet> make_halves(int sidecar, bool copies) {
+  auto tables = std::make_shared<TableSet>(5, 2 * kFeatures, kFeatures);
+  std::vector<float> rows(kRows / 2 * kDim);
+  for (int f = 0; f < kFeatures; ++f) {
+    for (int half = 0; half < 2; ++half) {
+      if (half != sidecar && !copies) continue;
+      for (int64_t r = 0; r < kRows / 2; ++r)
+        for (int d = 0; d < kDim; ++d) rows[size_t(r * kDim + d)] = float(f * 10000 + half * kRows / 2 + r);
+      tables->add_copy(2 * f + half, rows.data(), kRows / 2, kDim, RowFormat::fp32, OutOfRange::error, 0);
+    }
+    tables->add_feature(f, 2 * f, Pooling::sum, false, kNoPadding, 2);
+  }
+  tables->seal();
+  return tables;
+}
+
+Routes halves(bool copies) {
+  Routes routes;
+  routes.sidecars = 2;
+  for (int f = 0; f < kFeatures; ++f) {
+    RoutedFeature feature;
+    feature.rows = kRows;
+    feature.dim = kDim;
+    routes.add_feature(feature);
+    for (int half = 0; half < 2; ++half)
+      routes.add_leg(0, kDim, half * kRows / 2, uint16_t(half), copies ? std::vector<int32_t>{0, 1} : std::vector<int32_t>{half}, true);
+  }
+  return routes;
+}
+
 std::string socket_path(int i) { return "/tmp/sidepool-lanes-test-" + std::to_string(getpid()) + "-" + std::to_string(i); }
 
 std::string fresh_token() {
@@ -85,6 +116,9 @@ struct Cluster {
       servers.back()->listen_unix(socket_path(s));
       ports.push_back(servers.back()->listen_tcp("127.0.0.1", 0, {kind == kApart, kSmallest, 0, 192}));
     }
+  }
+  void publish_halves(bool copies) {
+    for (size_t s = 0; s < servers.size(); ++s) servers[s]->publish(make_halves(int(s), copies));
   }
   std::shared_ptr<ClientLane> connect(int s, const std::string& kind, uint32_t slots = 4, uint64_t request = 1 << 16, uint64_t response = 1 << 18) {
     const std::string token = fresh_token();
@@ -261,6 +295,61 @@ void steady_state_allocates_nothing(const std::string& kind) {
     allocated = allocations.load() - before;
   }
   CHECK(allocated == 0);
+}
+
+void cut_tables_allocate_nothing_either(const std::string& kind) {
+  Cluster cluster(2, 2);
+  cluster.publish_halves(true);
+  LookupClient client(5, halves(true), 5, false, 0.05);
+  for (int s : {0, 1}) client.attach(s, cluster.connect(s, kind, 4, 1 << 18, 2 << 20));
+  Looker looker(1);
+  const auto look = [&](int64_t batch) { return looker.look(client, batch).status == Status::ok && looker.right(batch); };
+  // Either replica may be asked, alone or with the other: every vector must have met its largest lookup.
+  for (int i = 0; i < 200; ++i) CHECK(look(i % 10 == 0 ? 4000 : 64));
+  int64_t allocated = 1;
+  for (int round = 0; round < 5 && allocated > 0; ++round) {
+    const int64_t before = allocations.load();
+    for (int i = 0; i < 500; ++i) CHECK(look(i % 50 == 0 ? 4000 : 1 + i % 64));
+    allocated = allocations.load() - before;
+  }
+  CHECK(allocated == 0);
+}
+
+// Whatever dies while lookups run, the other replica answers: none fails, none is wrong.
+void replicas_take_over_from_lost_lanes(const std::string& kind) {
+  Cluster cluster(2);
+  cluster.publish_halves(true);
+  LookupClient client(5, halves(true), 5, false, 0.05);
+  cluster.attach(client, kind);
+  std::atomic<bool> stop{false};
+  std::atomic<int64_t> bad{0};
+  std::array<std::atomic<int64_t>, 3> looked{};
+  std::vector<std::thread> threads;
+  for (unsigned t = 0; t < 3; ++t)
+    threads.emplace_back([&, t] {
+      Looker looker(t);
+      for (int i = 0; !stop.load(); ++i) {
+        const int64_t batch = i % 16 == 0 ? 3000 : 20;
+        if (looker.look(client, batch).status != Status::ok || !looker.right(batch)) bad.fetch_add(1);
+        looked[t].fetch_add(1);
+      }
+    });
+  for (int round = 0; round < 15; ++round) {
+    // No lookup may meet two deaths: there are two replicas.
+    for (auto& count : looked) {
+      const int64_t before = count.load();
+      const uint64_t until = now_ns() + 10'000'000'000;
+      while (count.load() < before + 3 && now_ns() < until) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+      CHECK(count.load() >= before + 3);
+    }
+    client.lane(round % 2)->kill();
+    CHECK(client.wait_lane_lost(5) == round % 2);
+    client.attach(round % 2, cluster.connect(round % 2, kind));
+  }
+  stop.store(true);
+  for (auto& t : threads) t.join();
+  CHECK(bad.load() == 0);
+  for (int s : {0, 1}) CHECK(client.in_flight_bytes(s) == 0);
 }
 
 int64_t helped(const Cluster& cluster) {
@@ -541,6 +630,8 @@ int main() {
     tests.push_back({kind + ": engines share large lookups", [kind] { engines_share_large_lookups(kind); }});
     tests.push_back({kind + ": another epoch is refused", [kind] { another_epoch_is_refused(kind); }});
     tests.push_back({kind + ": steady state allocates nothing", [kind] { steady_state_allocates_nothing(kind); }});
+    tests.push_back({kind + ": cut tables allocate nothing either", [kind] { cut_tables_allocate_nothing_either(kind); }});
+    tests.push_back({kind + ": replicas take over from lost lanes", [kind] { replicas_take_over_from_lost_lanes(kind); }});
     tests.push_back({kind + ": a thousand dead peers leave nothing", [kind] { dead_peers_leave_nothing(kind); }});
   }
   tests.push_back({"engines stop whatever they are about to do", engines_stop_whatever_they_are_about_to_do});
