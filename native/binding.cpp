@@ -120,6 +120,10 @@ nb::dict server_stats(SidecarServer& server) {
     e["rows"] = sums[i][1];
     e["bytes"] = sums[i][2];
     e["out_of_range"] = sums[i][3];
+    e["bags"] = sums[i][4];
+    nb::list top;
+    for (const auto& [row, count] : server.top_rows(i)) top.append(nb::make_tuple(row, count));
+    e["top_rows"] = top;
     e["rows_ahead"] = tables && int32_t(i) < tables->table_count() ? tables->table(int32_t(i)).rows_ahead.load() : 0;
     table_list.append(e);
   }

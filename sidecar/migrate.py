@@ -41,10 +41,10 @@ def migrate(address: str, lane: int, engine: int, tls: ClientTls) -> None:
         try:
             SidecarStub(channel).Migrate(MigrateRequest(lane=lane, engine=engine), timeout=TIMEOUT_S)  # type: ignore[no-untyped-call]
         except grpc.RpcError as e:
-            raise _fault_of(e, address) from e
+            raise fault_of(e, address) from e
 
 
-def _fault_of(error: Any, address: str) -> SidepoolError:
+def fault_of(error: Any, address: str) -> SidepoolError:
     """The error that the sidecar sent the code of; a call that never came there is a transport error."""
     code = next((str(value) for key, value in error.trailing_metadata() or () if key == CODE_KEY), "TRANSPORT")
     return error_with_code(code, f"{address}: {error.details()}")

@@ -20,19 +20,25 @@ class Counter {
   std::atomic<int64_t> value_{0};
 };
 
+class TopRows;
+using TableSums = std::array<int64_t, 5>;
+
 struct TableCounters {
-  Counter lookups, rows, bytes, out_of_range;
+  Counter lookups, rows, bytes, out_of_range, bags;
+  std::shared_ptr<TopRows> top;  // null: not sampled
   void add(const TableCounters& other) {
     lookups.add(other.lookups.get());
     rows.add(other.rows.get());
     bytes.add(other.bytes.get());
     out_of_range.add(other.out_of_range.get());
+    bags.add(other.bags.get());
   }
-  void add_to(std::array<int64_t, 4>& sums) const {
+  void add_to(TableSums& sums) const {
     sums[0] += lookups.get();
     sums[1] += rows.get();
     sums[2] += bytes.get();
     sums[3] += out_of_range.get();
+    sums[4] += bags.get();
   }
 };
 

@@ -8,6 +8,7 @@
 #include <cerrno>
 
 #include "clock.hpp"
+#include "top_rows.hpp"
 
 namespace sidepool {
 namespace {
@@ -169,12 +170,17 @@ void Engine::refresh() {
   tables_ = published_.get();
   tables_version_ = version;
   const size_t count = tables_ ? size_t(tables_->table_count()) : 0;
+  std::lock_guard lock(table_mutex_);
   if (count > table_count_) {
     std::shared_ptr<TableCounters[]> grown(new TableCounters[count]);
     for (size_t i = 0; i < table_count_; ++i) grown[i].add(table_counters_[i]);
-    std::lock_guard lock(table_mutex_);
     table_counters_ = std::move(grown);
     table_count_ = count;
+  }
+  // Rows are those of the tables published now.
+  for (size_t i = 0; i < table_count_; ++i) {
+    const bool held = i < count && tables_->table(int32_t(i)).base.load(std::memory_order_relaxed) != nullptr;
+    table_counters_[i].top = held ? std::make_shared<TopRows>() : nullptr;
   }
 }
 
@@ -447,10 +453,15 @@ void Engine::sleep() {
   page_->sleeping.store(0, std::memory_order_relaxed);
 }
 
-void Engine::read_tables(std::vector<std::array<int64_t, 4>>& sums) const {
+void Engine::read_tables(std::vector<TableSums>& sums) const {
   std::lock_guard lock(table_mutex_);
   if (sums.size() < table_count_) sums.resize(table_count_);
   for (size_t i = 0; i < table_count_; ++i) table_counters_[i].add_to(sums[i]);
+}
+
+void Engine::read_top(size_t table, std::map<int64_t, int64_t>& counts) const {
+  std::lock_guard lock(table_mutex_);
+  if (table < table_count_ && table_counters_[table].top) table_counters_[table].top->read(counts);
 }
 
 void Engine::read_lanes(const LaneVisitor& visit) const {

@@ -75,7 +75,9 @@ class Engine {
   int64_t in_flight() const { return counters_.queued.get() + counters_.writing.get() + arriving_.load(std::memory_order_relaxed); }
 
   // A table's counters, summed by the caller over engines; sized at the first publication with more tables.
-  void read_tables(std::vector<std::array<int64_t, 4>>& sums) const;
+  void read_tables(std::vector<TableSums>& sums) const;
+  // Adds a table's most asked rows: sampled ids since its plan was published.
+  void read_top(size_t table, std::map<int64_t, int64_t>& counts) const;
   // Visit the counters of live lanes, then (`live` false) the sums over dropped lanes of each kind.
   using LaneVisitor = std::function<void(uint64_t id, const std::string& kind, bool live, const LaneCounters& counters)>;
   void read_lanes(const LaneVisitor& visit) const;
@@ -161,7 +163,7 @@ class Engine {
   uint64_t tables_version_ = 0;
   std::shared_ptr<TableCounters[]> table_counters_;
   size_t table_count_ = 0;
-  mutable std::mutex table_mutex_;  // guards replacing table_counters_, not counting
+  mutable std::mutex table_mutex_;  // guards replacing table_counters_ and their tops, not counting
 
   // Estimated service time per id, learnt from what was served.
   double ns_per_value_ = 10;

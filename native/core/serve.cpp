@@ -5,6 +5,7 @@
 #include "clock.hpp"
 #include "pieces.hpp"
 #include "pooling.hpp"
+#include "top_rows.hpp"
 
 namespace sidepool {
 namespace {
@@ -113,6 +114,8 @@ class Settlement {
     if (counters_ != nullptr) {
       TableCounters& c = counters_[tables_.feature(int32_t(feature)).table + entry.shard];
       c.lookups.add(part.first_bag == 0);
+      c.bags.add(task.batch);
+      if (c.top) c.top->sample(task.values, task.value_count, task.rows);
       c.rows.add(task.rows_read);
       c.bytes.add(task.rows_read * task.row_bytes);
       c.out_of_range.add(task.out_of_range);

@@ -438,14 +438,20 @@ std::vector<LaneStats> SidecarServer::lane_stats() const {
   return all;
 }
 
-std::vector<std::array<int64_t, 4>> SidecarServer::table_stats() const {
-  std::vector<std::array<int64_t, 4>> sums;
+std::vector<TableSums> SidecarServer::table_stats() const {
+  std::vector<TableSums> sums;
   for (const auto& engine : engines_) engine->read_tables(sums);
   auto& direct = const_cast<Direct&>(direct_);
   std::lock_guard lock(direct.mutex);
   if (sums.size() < direct.tables.size()) sums.resize(direct.tables.size());
   for (size_t i = 0; i < direct.tables.size(); ++i) direct.tables[i].add_to(sums[i]);
   return sums;
+}
+
+std::map<int64_t, int64_t> SidecarServer::top_rows(size_t table) const {
+  std::map<int64_t, int64_t> counts;
+  for (const auto& engine : engines_) engine->read_top(table, counts);
+  return counts;
 }
 
 }  // namespace sidepool

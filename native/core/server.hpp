@@ -49,7 +49,9 @@ class SidecarServer {
   const Published& published() const { return published_; }
   const std::vector<std::unique_ptr<Engine>>& engines() const { return engines_; }
   std::vector<LaneStats> lane_stats() const;
-  std::vector<std::array<int64_t, 4>> table_stats() const;
+  std::vector<TableSums> table_stats() const;
+  // Sampled ids of the most asked rows of a table (TopRows), over all engines.
+  std::map<int64_t, int64_t> top_rows(size_t table) const;
   // Statuses and histograms of the grpc lane, which runs on its callers' threads.
   struct Direct {
     std::mutex mutex;

@@ -14,6 +14,8 @@ from sidepool.wire.errors import SidepoolError
 COMMANDS = {
     "partition": ("sidepool.partition.command", "turn a PyTorch model into a Triton model repository, a plan and shards"),
     "convert": ("sidepool.partition.convert", "turn tables of an HPS directory or a torch state dict into a plan and shards"),
+    "plan": ("sidepool.partition.plan_command", "place the tables of a plan on an inventory of machines, and write its shards"),
+    "profile": ("sidepool.sidecar.profile", "how often running sidecars' tables are asked, as the planner reads it"),
     "sidecar": ("sidepool.sidecar.command", "serve shards on a CPU node"),
     "demo": ("sidepool.bench.demo_command", "the whole way on this machine: partition, serve, compare scores, measure"),
     "doctor": ("sidepool.doctor", "what this machine offers, and what to do about the rest"),

@@ -66,10 +66,10 @@ def served_plan(world: World) -> Iterator[Plan]:
         yield world.at(left["grpc"], right["grpc"])
 
 
-def assert_answers(client: EmbeddingClient, world: World, batch: int, seed: int) -> int:
+def assert_answers(client: EmbeddingClient, world: World, batch: int, seed: int, deadline_ms: float = PATIENT_MS) -> int:
     """Look random bags up and compare with torch; returns the chunks that it took."""
     bags = random_bags(world.plan, batch, seed=seed)
-    result = client.lookup_parts([bags.part], deadline_ms=PATIENT_MS)
+    result = client.lookup_parts([bags.part], deadline_ms=deadline_ms)
     pooled, sequences = expected(world.plan, world.rows, bags)
     assert result.errors == [None]
     np.testing.assert_allclose(result.out, pooled, rtol=1e-5, atol=1e-5)
@@ -132,7 +132,7 @@ def test_late_answers_are_hedged_within_the_budget(pair: Pair) -> None:
         wait_until_stopped(right.process.pid)
         lookups, began = 40, client.stats()
         for seed in range(lookups):
-            assert_answers(client, world, 2, seed)  # patient: without hedging one would wait for half a minute
+            assert_answers(client, world, 2, seed, deadline_ms=4000.0)
             if client.stats()["failovers"] > began["failovers"]:
                 break  # the budget is spent, and the replica left
         stats = client.stats()
