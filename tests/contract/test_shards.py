@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -14,10 +15,12 @@ from lookup_world import SIDECARS, TABLES, World, expected, random_bags, write_w
 from rdma_devices import DEVICES, RANKER_PATH, SIDECAR_SETTINGS
 from sidecar_process import RunningSidecar, ready, wait_until_stopped
 
+from sidepool.__main__ import main
 from sidepool.client import EmbeddingClient
 from sidepool.client.lanes import Lane, PoolingPlace
+from sidepool.wire.access import load_access
 from sidepool.wire.errors import Overloaded, TransportError
-from sidepool.wire.plan import Plan, Shard
+from sidepool.wire.plan import Plan, Shard, save_plan
 
 PATIENT_MS = 60_000.0
 # The smallest: lookups of some hundred samples travel in several chunks.
@@ -86,6 +89,27 @@ def test_cut_tables_give_what_torch_gives(lane: Lane, world: World, served_plan:
         chunks = [assert_answers(client, world, batch, seed) for seed, batch in enumerate((0, 1, 7, 64, 500))]
         assert chunks[-1] > 1 or lane == "local"
         assert client.stats()["out_of_range"] > 0  # of the tables whose rows are cut
+
+
+def test_a_recorded_profile_names_rates_and_hot_rows(world: World, served_plan: Plan, tmp_path: Path) -> None:
+    save_plan(served_plan, tmp_path / "plan.yaml")
+    hot, lookups = 80, 400
+    lengths = np.zeros((len(served_plan.features), 4), np.int32)
+    lengths[0] = 3  # `summed`, of the table whose rows are cut
+    with EmbeddingClient.connect(served_plan, lane="tcp") as client, ThreadPoolExecutor(1) as pool:
+        options = ["profile", "--plan", str(tmp_path / "plan.yaml"), "--seconds", "3", "--out", str(tmp_path / "access.json")]
+        watching = pool.submit(main, options)
+        while not watching.done():
+            for i in range(lookups):
+                client.lookup(np.array([hot, hot, i % 100] * 4), lengths, np.ones(12, np.float32), deadline_ms=PATIENT_MS)
+        assert watching.result() == 0
+    found = load_access(tmp_path / "access.json")
+    plain = next(t for t in found.tables if t.table == "plain")
+    assert found.lookups_per_s > 0
+    assert plain.rows_per_s == pytest.approx(3 * plain.bags_per_s, rel=0.5)  # bags: those of the busier half
+    assert plain.hot_rows[0].row == hot
+    assert plain.hot_rows[0].share == pytest.approx(2 / 3, abs=0.15)
+    assert all(t.rows_per_s == 0 for t in found.tables if t.table != "plain")
 
 
 @dataclass(frozen=True)
