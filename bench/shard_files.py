@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 from sidepool.bench.triton_server import free_ports
 from sidepool.wire.checksum import crc32c
 from sidepool.wire.plan import Feature, Plan, Shard, SidecarAddress, Table, save_plan
+from sidepool.wire.sharding import PlacedShard
 from sidepool.wire.shards import ShardFile, ShardManifest, save_manifest
 
 
@@ -41,8 +42,8 @@ def write_sidecars(plan: Plan, directory: Path, rows_of: Callable[[int], NDArray
     for sidecar in plan.sidecars:
         shards = directory / sidecar.name / "shards"
         shards.mkdir(parents=True)
-        held = [i for i, shard in enumerate(plan.shards) if shard.sidecar == sidecar.name]
-        files = tuple(_write_table(plan.tables[i], rows_of(i), shards) for i in held)
+        held = plan.held_by(plan.sidecar_index[sidecar.name])
+        files = tuple(_write_shard(plan.tables[i], shard, rows_of(i), shards) for i, shard in held)
         save_manifest(ShardManifest(sidecar=sidecar.name, plan_fingerprint=plan.fingerprint, shards=files), shards)
         configs.append(shards.parent / "sidecar.yaml")
         settings = {"name": sidecar.name, "plan": "../plan.yaml", "shards": "shards", "listen": {"grpc": sidecar.address}}
@@ -50,7 +51,17 @@ def write_sidecars(plan: Plan, directory: Path, rows_of: Callable[[int], NDArray
     return configs
 
 
-def _write_table(table: Table, rows: NDArray[np.float32], directory: Path) -> ShardFile:
-    file = f"{table.name}.safetensors"
-    save_file({table.name: rows}, directory / file)
-    return ShardFile(table=table.name, file=file, rows=table.rows, dim=table.dim, row_format=table.row_format, crc32c=crc32c(rows))
+def _write_shard(table: Table, shard: PlacedShard, rows: NDArray[np.float32], directory: Path) -> ShardFile:
+    file = f"{table.name}-{shard.number}.safetensors"
+    held = np.ascontiguousarray(rows[slice(*shard.rows), slice(*shard.columns)])
+    save_file({table.name: held}, directory / file)
+    return ShardFile(
+        table=table.name,
+        file=file,
+        rows=shard.row_count,
+        dim=shard.column_count,
+        row_format=table.row_format,
+        first_row=shard.rows[0],
+        first_column=shard.columns[0],
+        crc32c=crc32c(held),
+    )

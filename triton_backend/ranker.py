@@ -64,6 +64,8 @@ class Ranker:
                 traffic_class=parameters.rdma_traffic_class,
             ),
             rdma_engines=parameters.rdma_engines,
+            pooling=parameters.pooling,
+            hedge_budget=parameters.hedge_budget,
             fixed_columns=router.fixed_columns,
             name=f"ranker {settings.name}",
         )

@@ -36,6 +36,11 @@ class RankerParameters(Frozen):
     """Budget of a request that brings none: any healthy request takes tens of milliseconds."""
     torch_threads: Annotated[int, Field(ge=0, le=1024)] = 0
     """Threads of one dense forward on the CPU. 0 leaves torch's choice, all cores."""
+    pooling: Literal["sidecar", "ranker"] = "sidecar"
+    """Where bags are pooled. ranker: rows travel, for comparison."""
+    hedge_budget: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of subrequests that may go to a second replica once the first takes longer than its 95th percentile; 0: a replica is
+    left only when it has failed or taken half of the budget."""
     spin_us: Annotated[int, Field(ge=0, le=1_000_000)] = 50
     """How long a lookup waits spinning before it sleeps: about what a sidecar on the same machine takes for a small batch."""
     artifact: str = ""

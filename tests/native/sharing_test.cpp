@@ -128,7 +128,7 @@ size_t payload_bytes(const Frame& frame, const TableSet& tables) {
   size_t bytes = 0;
   for (const FeatureEntry& entry : frame.entries) {
     const Feature& feature = tables.feature(int32_t(entry.feature));
-    bytes += block_bytes(feature.pooling, kKinds[entry.feature].dim, frame.batch, entry.value_count, OutputFormat::fp32);
+    bytes += block_bytes(entry, feature.pooling, kKinds[entry.feature].dim, frame.batch, OutputFormat::fp32);
   }
   return std::max(bytes, kAlign);
 }
@@ -188,7 +188,7 @@ void shared_is_the_same_as_alone() {
     CHECK(shared.header.fault_value == alone.header.fault_value);
     CHECK(shared.steps.seen == alone.steps.seen);
     for (uint32_t f = 0; f < kFeatures; ++f) {
-      std::array<int64_t, 4> ours{}, wanted{};
+      TableSums ours{}, wanted{};
       shared.counters[f].add_to(ours);
       alone.counters[f].add_to(wanted);
       CHECK(ours == wanted);
@@ -245,7 +245,7 @@ void pieces_are_about_equal_and_cover_everything() {
   whole.lengths = lengths.data();
   whole.batch = 1000;
   std::vector<PoolTask> tasks;
-  std::vector<Part> parts;
+  std::vector<TaskPart> parts;
   std::vector<Piece> pieces;
   const int64_t wanted = 1500;
   cut(whole, 3, wanted, tasks, parts);
