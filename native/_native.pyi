@@ -117,7 +117,9 @@ class SidecarServer:
     ) -> None:
         """Engine i runs on `cpus[i % len(cpus)]`; anywhere where `cpus` is empty."""
     def publish(self, tables: TableSet) -> None:
-        """Serve `tables` from now on; lookups under another epoch are refused with status PLAN."""
+        """Serve `tables` from now on, and what was published before it for lookups of its epoch; others get status PLAN."""
+    def retire_previous(self) -> None:
+        """Serve only what was published last. Its memory goes when the last engine has taken notice."""
     def listen_unix(self, path: str) -> None:
         """Accept shm lanes on a Unix socket (mode 0600). `NativeError` if the path is taken by a live listener."""
     def listen_tcp(

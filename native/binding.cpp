@@ -404,9 +404,11 @@ nb::dict inspect_frame(nb::bytes bytes) {
       if (e.fixed_length < 0)
         for (uint32_t b = 0; b < e.bag_count(r.header.batch); ++b) l.append(*lengths++);
       for (uint64_t i = 0; i < e.value_count; ++i) v.append(*values++);
-      f["shard"] = e.shard;
-      f["bags"] = e.bags;
-      f["flags"] = e.flags;
+      // Of parts of cut tables only.
+      if (e.shard != 0) f["shard"] = e.shard;
+      if (e.bags != 0) f["bags"] = e.bags;
+      if (e.flags & kPartialEntry) f["partial"] = true;
+      if (e.flags & kRowsEntry) f["rows"] = true;
       f["fixed_length"] = e.fixed_length;
       f["lengths"] = l;
       f["values"] = v;
@@ -598,6 +600,7 @@ NB_MODULE(_native, m) {
             if (!tables.set->sealed()) throw nb::value_error("tables: seal() them first");
             self.publish(tables.set);
           }, "tables"_a)
+      .def("retire_previous", &SidecarServer::retire_previous)
       .def("listen_unix", &SidecarServer::listen_unix, "path"_a)
       .def("listen_tcp", [](SidecarServer& self, const std::string& host, int port, bool dedicated, uint64_t window_bytes, uint8_t traffic_class,
                            uint8_t control_traffic_class) {

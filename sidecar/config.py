@@ -227,6 +227,9 @@ class SidecarConfig(_Documented):
     """Gathering."""
     drain_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 20.0
     """Seconds that in-flight lookups get to finish after SIGTERM. Kubernetes kills after 30 by default; 20 leaves room."""
+    previous_epoch_s: Annotated[float, Field(ge=0, le=86_400)] = 60.0
+    """Seconds that the plan before the present one goes on being answered after a reload, for rankers that have not switched; both
+    are held meanwhile. A minute lets a rollout of rankers finish."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least severe level that is logged. SIGHUP applies a change."""
 

@@ -80,7 +80,7 @@ class ControlServicer(control_pb2_grpc.SidecarServicer):
 
     @translated
     def Connect(self, request: control_pb2.ConnectRequest, context: grpc.ServicerContext) -> control_pb2.ConnectReply:
-        plan = self._serving.require_published().plan
+        plan = self._serving.require_published(request.plan_epoch).plan
         if self._serving.state is State.DRAINING:
             raise Overloaded(f"sidecar {self._config.name!r} is draining")
         self._check_peer(request, plan)

@@ -64,7 +64,7 @@ class SidecarProcess:
                 cpus=[list(cpus) for cpus in place(config.memory.numa, usable_nodes()).cpus],
             )
             stack.callback(self._server.close)
-            self._serving = Serving(config.name, self._server)
+            self._serving = Serving(config.name, self._server, config.previous_epoch_s)
             self._control = ControlPlane(config, self._serving)
             stack.callback(self._control.stop)
             logs.info("control plane listening; loading", grpc=self._control.address)
@@ -110,6 +110,8 @@ class SidecarProcess:
         while True:
             with contextlib.suppress(queue.Empty):
                 return self._events.get(timeout=WAKE_S)
+            if (epoch := self._serving.retire_if_due()) is not None:
+                logs.info("retired", plan_epoch=epoch)
 
     def _planned(self, plan: Plan) -> None:
         """On the loader's thread: while its shards are loaded, the first plan's model is known and not healthy."""

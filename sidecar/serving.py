@@ -38,7 +38,8 @@ class Published:
 class Serving:
     """The state machine loading → serving → draining, with its health. Thread-safe; owns nothing but the health servicer."""
 
-    def __init__(self, name: str, server: _native.SidecarServer) -> None:
+    def __init__(self, name: str, server: _native.SidecarServer, previous_epoch_s: float = 0.0) -> None:
+        """previous_epoch_s: how long a replaced plan goes on being answered."""
         self.name = name
         self.server = server
         # Watch must not hold one of the few RPC threads for as long as a client watches.
@@ -46,6 +47,9 @@ class Serving:
         self._lock = threading.Lock()
         self._state = State.LOADING
         self._published: Published | None = None
+        self._previous: Published | None = None
+        self._previous_epoch_s = previous_epoch_s
+        self._retire_at = 0.0
         self._model: str | None = None
         self._shown: dict[str, int] = {}
         self._set_health()
@@ -68,10 +72,21 @@ class Serving:
             self._set_health()
 
     def publish(self, published: Published) -> None:
-        """Serve `published` from the next lookup on, in place of whatever was served before."""
+        """Serve `published` from the next lookup on; lookups under the plan before it are answered for some time."""
         self.server.publish(published.tables)
-        self._published = published
+        self._retire_at = time.monotonic() + self._previous_epoch_s
+        self._previous, self._published = self._published, published
+        self.retire_if_due()
         self.announce(published.plan.model)
+
+    def retire_if_due(self) -> int | None:
+        """Stop answering under the plan before the present one once its time is over; returns its epoch if that is now."""
+        previous = self._previous
+        if previous is None or time.monotonic() < self._retire_at:
+            return None
+        self._previous = None
+        self.server.retire_previous()
+        return previous.plan.epoch
 
     def open(self) -> None:
         """Everything listens and tables are published: tell the world."""
@@ -96,11 +111,12 @@ class Serving:
             time.sleep(DRAIN_POLL_S)
         return True
 
-    def require_published(self) -> Published:
-        """What is being served; `Overloaded` (retryable) while loading."""
-        if self._published is None or self._state is State.LOADING:
+    def require_published(self, epoch: int | None = None) -> Published:
+        """What is being served (under `epoch`, if it still is); `Overloaded` (retryable) while loading."""
+        published, previous = self._published, self._previous
+        if published is None or self._state is State.LOADING:
             raise Overloaded(f"sidecar {self.name!r} is still loading its shards")
-        return self._published
+        return previous if previous is not None and previous.plan.epoch == epoch != published.plan.epoch else published
 
     def _set_health(self) -> None:
         healthy = health_pb2.HealthCheckResponse.SERVING

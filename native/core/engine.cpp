@@ -61,13 +61,24 @@ void run_on(const std::vector<int>& cpus) {
 
 void Published::set(std::shared_ptr<const TableSet> tables) {
   std::lock_guard lock(mutex_);
-  tables_ = std::move(tables);
+  previous_ = std::exchange(tables_, std::move(tables));
+  version_.fetch_add(1, std::memory_order_release);
+}
+
+void Published::retire_previous() {
+  std::lock_guard lock(mutex_);
+  previous_ = nullptr;
   version_.fetch_add(1, std::memory_order_release);
 }
 
 std::shared_ptr<const TableSet> Published::get() const {
   std::lock_guard lock(mutex_);
   return tables_;
+}
+
+Published::Both Published::both() const {
+  std::lock_guard lock(mutex_);
+  return {tables_, previous_};
 }
 
 Engine::Engine(Published& published, Board& board, size_t seat, uint32_t spin_us, const std::vector<int>& cpus)
@@ -167,8 +178,12 @@ void Engine::run() {
 void Engine::refresh() {
   const uint64_t version = published_.version();
   if (version == tables_version_) return;
-  tables_ = published_.get();
+  Published::Both both = published_.both();
+  const bool same = tables_ == both.tables;
+  tables_ = std::move(both.tables);
+  previous_ = std::move(both.previous);
   tables_version_ = version;
+  if (same) return;
   const size_t count = tables_ ? size_t(tables_->table_count()) : 0;
   std::lock_guard lock(table_mutex_);
   if (count > table_count_) {
@@ -347,7 +362,8 @@ void Engine::answer(const Work& work) {
     counters_.shed.add(late);
   } else {
     const bool share = estimate >= kWakeNs ? board_.shared() : estimate >= kOfferNs && board_.anyone_awake(seat_);
-    header = share ? serve_shared(input, lane, estimate) : serve(tables_.get(), input, lane, table_counters_.get());
+    const auto [tables, counters] = tables_of(parsed_.header.epoch);
+    header = share ? serve_shared(input, lane, estimate) : serve(tables, input, lane, counters);
     const uint64_t spent = header.finished_ns - header.started_ns;
     if (header.status == 0 && !share) learn(spent, int64_t(parsed_.header.value_count));
     counters_.pool.record_ns(spent);
@@ -364,9 +380,15 @@ void Engine::answer(const Work& work) {
   watch(*work.owner);
 }
 
+std::pair<const TableSet*, TableCounters*> Engine::tables_of(uint64_t epoch) const {
+  if (previous_ && uint64_t(previous_->epoch()) == epoch && uint64_t(tables_->epoch()) != epoch) return {previous_.get(), nullptr};
+  return {tables_.get(), table_counters_.get()};
+}
+
 ResponseHeader Engine::serve_shared(const ServeInput& input, ServerLane& lane, uint64_t estimate_ns) {
   Sharing sharing{&board_, seat_, size_t(estimate_ns / kWakeNs), std::max<int64_t>(1, int64_t(double(kPieceNs) / ns_per_value_))};
-  const ResponseHeader header = serve(tables_.get(), input, lane, table_counters_.get(), &sharing);
+  const auto [tables, counters] = tables_of(input.request->header.epoch);
+  const ResponseHeader header = serve(tables, input, lane, counters, &sharing);
   if (header.status == 0) learn(sharing.own_ns, sharing.own_values);
   return header;
 }

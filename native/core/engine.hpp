@@ -11,6 +11,7 @@
 #include <mutex>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "board.hpp"
@@ -21,8 +22,14 @@ namespace sidepool {
 // What all engines of a sidecar share; written rarely, by the control plane.
 class Published {
  public:
+  // What was published before goes on answering lookups of its epoch, until it is retired or something else is published.
   void set(std::shared_ptr<const TableSet> tables);
+  void retire_previous();
   std::shared_ptr<const TableSet> get() const;
+  struct Both {
+    std::shared_ptr<const TableSet> tables, previous;
+  };
+  Both both() const;
   uint64_t version() const { return version_.load(std::memory_order_acquire); }
 
   // What arrives after this moment is refused; 0 while serving.
@@ -30,7 +37,7 @@ class Published {
 
  private:
   mutable std::mutex mutex_;
-  std::shared_ptr<const TableSet> tables_;
+  std::shared_ptr<const TableSet> tables_, previous_;
   std::atomic<uint64_t> version_{0};
 };
 
@@ -124,6 +131,8 @@ class Engine {
   void enqueue(const Work& work);
   void serve_one();
   void answer(const Work& work);
+  // What answers a lookup of this epoch, and where it is counted: only what is published now is, since counters go by its indices.
+  std::pair<const TableSet*, TableCounters*> tables_of(uint64_t epoch) const;
   ResponseHeader serve_shared(const ServeInput& input, ServerLane& lane, uint64_t estimate_ns);
   bool help();
   void refresh();
@@ -159,7 +168,7 @@ class Engine {
   std::vector<Work> queue_;  // heap: highest priority first, then earliest deadline
   std::vector<uint32_t> arrived_;
   ParsedRequest parsed_;
-  std::shared_ptr<const TableSet> tables_;
+  std::shared_ptr<const TableSet> tables_, previous_;
   uint64_t tables_version_ = 0;
   std::shared_ptr<TableCounters[]> table_counters_;
   size_t table_count_ = 0;

@@ -219,6 +219,7 @@ void RoutedLookup::add_cost(size_t p, int64_t begin, int64_t end, OutputFormat o
       const RoutedFeature& feature = routes_->features[size_t(band.feature)];
       const uint64_t values = count_leg_values(p, l, begin, end), bags = count_leg_bags(p, l, begin, end);
       const bool rows = feature.pooling == Pooling::none || routes_->rows_travel;
+      cost.values += values;
       cost.request += values * (sizeof(int64_t) + (feature.weighted ? sizeof(float) : 0)) + bags * sizeof(int32_t);
       cost.response += (rows ? values : bags) * uint64_t(band.columns) * (band.partial ? sizeof(float) : value_bytes(output));
     }
@@ -275,7 +276,7 @@ void RoutedLookup::plan(const std::vector<SlotBudget>& budgets, OutputFormat out
           step = (b - a + 1) / 2;
         } else {
           uint64_t largest = 0;
-          for (const Cost& cost : block_cost_) largest = std::max({largest, cost.request, cost.response});
+          for (const Cost& cost : block_cost_) largest = std::max(largest, cost.values * sizeof(int64_t));
           faults[p] = {Status::rejected, Reason::too_large, -1, a, int64_t(largest)};
           again = true;
           break;

@@ -123,7 +123,7 @@ class RoutedLookup {
   std::vector<int32_t> sidecar_of_set_;
   std::vector<std::vector<int32_t>> legs_of_;
   struct Cost {
-    uint64_t request = 0, response = 0;
+    uint64_t request = 0, response = 0, values = 0;  // bytes, bytes, ids
   };
   std::vector<Cost> chunk_cost_, block_cost_;  // per sidecar
   SortedIds sorted_;

@@ -353,7 +353,8 @@ std::string SidecarServer::serve_frame(const std::byte* frame, size_t bytes) {
   ParsedRequest request;
   ResponseHeader header;
   std::string out;
-  const std::shared_ptr<const TableSet> tables = published_.get();
+  auto [tables, previous] = published_.both();
+  // Counters go by the indices of what is published now.
   std::vector<TableCounters> counters(tables ? size_t(tables->table_count()) : 0);
   NoSink sink;
   if (bytes > max_frame_bytes_ || parse_request(copy, bytes, request) != Status::ok) {
@@ -362,6 +363,8 @@ std::string SidecarServer::serve_frame(const std::byte* frame, size_t bytes) {
     header.status = int32_t(Status::draining);
     header.lookup_id = request.header.lookup_id;
   } else {
+    const bool old = previous && tables && request.header.epoch == uint64_t(previous->epoch()) && tables->epoch() != previous->epoch();
+    if (old) tables = previous;
     size_t payload = 0;
     for (const FeatureEntry& entry : request.entries) {
       const Table* table = tables ? tables->held(entry.feature, entry.shard) : nullptr;
@@ -372,7 +375,7 @@ std::string SidecarServer::serve_frame(const std::byte* frame, size_t bytes) {
     payload = std::min<size_t>(payload, max_frame_bytes_);
     Mapping block = Mapping::anonymous(std::max<size_t>(payload, kAlign));
     const ServeInput input{&request, received, block.data(), payload};
-    header = serve(tables.get(), input, sink, counters.data());
+    header = serve(tables.get(), input, sink, old ? nullptr : counters.data());
     header.count = sink.done_;
     out.reserve(sizeof header + sink.bytes_);
     out.resize(sizeof header);

@@ -31,6 +31,7 @@ class SidecarServer {
   ~SidecarServer();
 
   void publish(std::shared_ptr<const TableSet> tables) { published_.set(std::move(tables)); }
+  void retire_previous() { published_.retire_previous(); }
   void listen_unix(const std::string& path);
   int listen_tcp(const std::string& host, int port, const TcpOptions& options = {});
   // Admit rdma lanes too; returns what device and address were found. Once.

@@ -24,11 +24,17 @@ def request(
     batch: int,
     features: list[tuple[int, int, list[int], list[int], list[float]]],
     output_format: int = 0,
+    shards: list[tuple[int, int, int]] | None = None,
 ) -> bytes:
-    """`features`: (plan position, fixed length or -1, lengths, ids, weights or none). `output_format`: 0, 1 or 2."""
+    """`features`: (plan position, fixed length or -1, lengths, ids, weights or none). `output_format`: 0, 1 or 2.
+
+    `shards`: per entry shard, bags and flags beside `weighted`.
+    """
     entries = b"".join(
-        struct.pack("<IHHiIQ", position, 1 if weights else 0, 0, fixed, 0, len(ids))
-        for position, fixed, _, ids, weights in features
+        struct.pack("<IHHiIQ", position, flags | (1 if weights else 0), shard, fixed, bags, len(ids))
+        for (position, fixed, _, ids, weights), (shard, bags, flags) in zip(
+            features, shards or [(0, 0, 0)] * len(features), strict=True
+        )
     )
     lengths = b"".join(struct.pack(f"<{len(lens)}i", *lens) for _, fixed, lens, _, _ in features if fixed < 0)
     values = b"".join(struct.pack(f"<{len(ids)}q", *ids) for _, _, _, ids, _ in features)
@@ -104,6 +110,15 @@ FRAMES = {
             (5, -1, [0, 0, 0], [], []),
             (7, -1, [1, 1, 1], [-1, 0, 1 << 40], []),
         ],
+    ),
+    "request_shards": request(
+        slot=1,
+        lookup_id=6,
+        epoch=9,
+        batch=4,
+        features=[(0, -1, [2, 1], [0, 1, 4], [1.0, 2.0, 0.5]), (0, 1, [], [3], []), (1, 1, [], [2, 0, 1], [])],
+        shards=[(1, 2, 2), (0, 1, 4), (0, 3, 0)],
+        output_format=1,
     ),
     "response_two_blocks": response(slot=3, lookup_id=77, epoch=9, batch=2, blocks=[[1.0, 2.0, 3.0, 4.0], [0.5, -0.5]]),
     "response_deadline": response(slot=1, lookup_id=5, epoch=9, batch=1, blocks=[], status=3),

@@ -46,6 +46,36 @@ def test_a_jagged_weighted_request_is_read_as_specified() -> None:
     ]
 
 
+def test_entries_of_cut_tables_are_read_as_specified() -> None:
+    frame = _native.inspect_frame(read("request_shards"))
+    assert frame["features"] == [
+        {"feature": 0, "shard": 1, "bags": 2, "partial": True, "fixed_length": -1, "lengths": [2, 1], "values": [0, 1, 4],
+         "weights": [1.0, 2.0, 0.5]},
+        {"feature": 0, "bags": 1, "rows": True, "fixed_length": 1, "lengths": [], "values": [3], "weights": []},
+        {"feature": 1, "bags": 3, "fixed_length": 1, "lengths": [], "values": [2, 0, 1], "weights": []},
+    ]  # fmt: skip
+
+
+def test_partials_and_rows_are_fp32_and_undivided_whatever_was_asked_for() -> None:
+    tables = _native.TableSet(9, 3, 2)
+    rows = np.arange(5 * 2, dtype=np.float32).reshape(5, 2)
+    for table in range(3):
+        tables.add_table_array(table, rows + 100 * table, "error", 0)
+    tables.add_feature(0, 0, "mean", True, shards=2)
+    tables.add_feature(1, 2, "max", False)
+    tables.seal()
+    server = _native.SidecarServer(engines=1, spin_us=0, max_lanes=1, max_frame_bytes=1 << 20)
+    server.publish(tables)
+    found = _native.inspect_frame(server.serve(read("request_shards")))
+    server.close()
+    assert (found["status"], found["count"]) == (0, 3)
+    partial, one, pooled = found["payload"][:16], found["payload"][64:72], found["payload"][128:140]
+    second = rows + 100
+    np.testing.assert_array_equal(np.frombuffer(partial, "f4").reshape(2, 2), [second[0] + 2 * second[1], 0.5 * second[4]])
+    np.testing.assert_array_equal(np.frombuffer(one, "f4"), rows[3])
+    np.testing.assert_array_equal(np.frombuffer(pooled, "f2").reshape(3, 2), rows[[2, 0, 1]] + 200)
+
+
 def test_responses_are_read_as_specified() -> None:
     frame = _native.inspect_frame(read("response_two_blocks"))
     assert (frame["status"], frame["first"], frame["count"], frame["last"], frame["lookup_id"]) == (0, 0, 2, True, 77)

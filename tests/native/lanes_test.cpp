@@ -6,6 +6,8 @@
 #include <sys/socket.h>
 #include <sys/un.h>
 
+#include <algorithm>
+#include <array>
 #include <atomic>
 #include <cmath>
 #include <cstdlib>
@@ -266,6 +268,52 @@ void another_epoch_is_refused(const std::string& kind) {
   const LookupResult result = looker.look(client, 5);
   CHECK(result.status == Status::plan);
   CHECK(result.sidecar == 0);
+}
+
+std::shared_ptr<TableSet> make_epoch(int64_t epoch) {
+  auto tables = std::make_shared<TableSet>(epoch, kFeatures, kFeatures);
+  const std::vector<float> rows(kRows * kDim, float(epoch));
+  for (int f = 0; f < kFeatures; ++f) {
+    tables->add_copy(f, rows.data(), kRows, kDim, RowFormat::fp32, OutOfRange::error, 0);
+    tables->add_feature(f, f, Pooling::sum, false);
+  }
+  tables->seal();
+  return tables;
+}
+
+// Lookups of two epochs run while the next ones are published: each is answered from its own tables or refused.
+void every_lookup_is_answered_under_its_own_epoch(const std::string& kind) {
+  Cluster cluster(1, 2);
+  cluster.servers[0]->publish(make_epoch(5));
+  std::atomic<int64_t> good{0}, refused{0}, wrong{0};
+  std::atomic<bool> stop{false};
+  std::vector<std::thread> threads;
+  for (int64_t epoch : {5, 6, 7})
+    threads.emplace_back([&, epoch] {
+      LookupClient client(epoch, make_routes(1), 5, false);
+      client.attach(0, cluster.connect(0, kind));
+      Looker looker{unsigned(epoch)};
+      for (int i = 0; !stop.load(); ++i) {
+        const LookupResult result = looker.look(client, i % 8 == 0 ? 400 : 3);
+        const bool right = std::all_of(looker.out.begin(), looker.out.end(), [epoch](float x) { return x == float(epoch); });
+        (result.status == Status::plan ? refused : result.status == Status::ok && right ? good : wrong).fetch_add(1);
+      }
+    });
+  for (int64_t epoch = 6; epoch < 8; ++epoch) {
+    const int64_t before = good.load();
+    const uint64_t until = now_ns() + 10'000'000'000;
+    while (good.load() < before + 50 && now_ns() < until) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    cluster.servers[0]->publish(make_epoch(epoch));
+  }
+  cluster.servers[0]->retire_previous();
+  stop.store(true);
+  for (auto& t : threads) t.join();
+  CHECK(good.load() >= 100);
+  CHECK(refused.load() > 0);
+  CHECK(wrong.load() == 0);
+  LookupClient late(6, make_routes(1), 5, false);
+  late.attach(0, cluster.connect(0, kind));
+  CHECK(Looker(1).look(late, 3).status == Status::plan);
 }
 
 void lost_sidecars_degrade_to_zeros_where_asked() {
@@ -631,6 +679,7 @@ int main() {
     tests.push_back({kind + ": another epoch is refused", [kind] { another_epoch_is_refused(kind); }});
     tests.push_back({kind + ": steady state allocates nothing", [kind] { steady_state_allocates_nothing(kind); }});
     tests.push_back({kind + ": cut tables allocate nothing either", [kind] { cut_tables_allocate_nothing_either(kind); }});
+    tests.push_back({kind + ": every lookup is answered under its own epoch", [kind] { every_lookup_is_answered_under_its_own_epoch(kind); }});
     tests.push_back({kind + ": replicas take over from lost lanes", [kind] { replicas_take_over_from_lost_lanes(kind); }});
     tests.push_back({kind + ": a thousand dead peers leave nothing", [kind] { dead_peers_leave_nothing(kind); }});
   }

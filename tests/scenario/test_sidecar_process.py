@@ -312,6 +312,7 @@ def test_check_finds_nothing_wrong_with_a_good_configuration(artifact: SmallArti
 
 
 def test_a_reload_publishes_a_new_plan_and_renames_the_model(artifact: SmallArtifact) -> None:
+    artifact.write_config(previous_epoch_s=0)
     with ready(artifact.config) as (sidecar, _):
         renewed = write_small_artifact(artifact.directory, epoch=2, model="ctr-v2", seed=1)
         sidecar.send(signal.SIGHUP)
