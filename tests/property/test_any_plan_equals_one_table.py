@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lookup_world import FEATURES, TABLES, Bags, cut, expected
+from lookup_world import FEATURES, TABLES, Bags, cut, expected, splitmix64
 from numpy.typing import NDArray
 
 from sidepool import _native
@@ -88,12 +88,12 @@ def tables_on(plan: Plan, sidecar: int) -> _native.TableSet:
     return tables
 
 
-def client(plan: Plan, pooling: PoolingPlace) -> _native.LookupClient:
+def client(plan: Plan, pooling: PoolingPlace, *, degrade: bool = False) -> _native.LookupClient:
     found = _native.LookupClient(
         epoch=plan.epoch,
         sidecars=len(SIDECARS),
         spin_us=0,
-        degrade=False,
+        degrade=degrade,
         rows=np.array([t.rows for t in plan.feature_tables], np.int64),
         dims=np.array([t.dim for t in plan.feature_tables], np.int32),
         poolings=[str(f.pooling) for f in plan.features],
@@ -138,6 +138,48 @@ def test_any_plan_gives_what_one_big_table_gives(pooling: PoolingPlace, plan: Pl
         narrow, narrow_sequences = look_up(native, plan, requests, dtype)
         for ours, exact in zip((narrow, *narrow_sequences), (found, *sequences), strict=True):
             assert torch.equal(torch.from_numpy(ours.view(np.int16)), torch.from_numpy(exact).to(like).view(torch.int16))
+    native.close()
+
+
+def halves() -> Plan:
+    """The first half of every table's rows on one sidecar, the second on another."""
+    shards = [
+        Shard(table=t.name, sidecar=SIDECARS[i], rows=rows, columns=(0, t.dim))
+        for t in TABLES
+        for i, rows in enumerate([(0, t.rows // 2), (t.rows // 2, t.rows)])
+    ]
+    addresses = tuple(SidecarAddress(name=n, address=f"127.0.0.1:{i + 1}") for i, n in enumerate(SIDECARS))
+    return Plan(epoch=4, model="cut", tables=TABLES, features=FEATURES, sidecars=addresses, shards=tuple(shards))
+
+
+def in_second_half(table: Table, value: int) -> bool:
+    if not 0 <= value < table.rows:
+        if table.out_of_range is OutOfRange.ZERO:
+            return False
+        value = table.default_row if table.out_of_range is OutOfRange.DEFAULT_ROW else splitmix64(value) % table.rows
+    return value >= table.rows // 2
+
+
+@pytest.mark.parametrize("pooling", ["sidecar", "ranker"])
+@settings(max_examples=40, deadline=None)
+@given(asked=bags())
+def test_rows_that_nobody_answers_for_are_as_if_absent_and_their_features_named(pooling: PoolingPlace, asked: Bags) -> None:
+    plan = halves()
+    native = client(plan, pooling, degrade=True)
+    native.detach(1)
+    found, sequences = look_up(native, plan, [asked], np.float32)
+    owner = np.repeat(np.arange(asked.lengths.size), asked.lengths.reshape(-1))  # the bag of every id
+    features = owner // max(1, asked.lengths.shape[1])
+    lost = np.array([in_second_half(plan.feature_tables[f], v) for f, v in zip(features, asked.values.tolist(), strict=True)], bool)
+    padding = [-1 if f.padding_index is None or str(f.pooling) == "none" else f.padding_index for f in plan.features]
+    asked_for = lost & (asked.values != np.array(padding)[features])  # padding is never asked for
+    left = np.bincount(owner[~lost], minlength=asked.lengths.size).astype(np.int32).reshape(asked.lengths.shape)
+    pooled, _ = expected(plan, ROWS, Bags(asked.values[~lost], left, asked.weights[~lost]))
+    np.testing.assert_allclose(found, pooled, rtol=1e-5, atol=1e-5)
+    whole = expected(plan, ROWS, asked)[1]
+    for rows, (f, name) in zip(sequences, ((3, "watched"), (9, "read")), strict=True):
+        np.testing.assert_array_equal(rows, np.where(lost[features == f, None], 0, whole[name]))
+    assert native.degraded() == sorted({int(f) for f in features[asked_for]})
     native.close()
 
 
