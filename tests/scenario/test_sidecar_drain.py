@@ -177,6 +177,7 @@ def test_a_response_that_a_slow_ranker_has_not_taken_yet_is_in_flight(tmp_path: 
 def test_a_reload_under_load_answers_under_one_epoch_or_says_which_one_it_serves(tmp_path: Path) -> None:
     address = free_address()
     old = write_small_artifact(tmp_path, address=address)
+    old.write_config(listen={"grpc": address}, previous_epoch_s=0)
     ids = np.random.default_rng(1).integers(0, 1 << 40, 512)
     with ready(old.config) as (sidecar, _), EmbeddingClient.connect(old.plan, lane="shm") as client:
         caller = Caller(client, ids, 64, old)
