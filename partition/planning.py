@@ -52,9 +52,7 @@ def check_memory(plan: Plan, sidecar_bytes: int | None) -> None:
     """Raise `PlanError` where the rows of a sidecar's tables take more than `sidecar_bytes`; None: nothing is checked."""
     if sidecar_bytes is None:
         return
-    held = [0] * len(plan.sidecars)
-    for table, owner in zip(plan.tables, plan.sidecar_of_table, strict=True):
-        held[owner] += table.bytes
+    held = [sum(s.bytes(plan.tables[t]) for t, s in plan.held_by(i)) for i in range(len(plan.sidecars))]
     fullest = max(range(len(held)), key=held.__getitem__)
     if held[fullest] > sidecar_bytes:
         largest = max(t.bytes for t in plan.tables)
