@@ -202,9 +202,9 @@ def test_a_table_set_pools_the_rows_of_its_files(tmp_path: Path) -> None:
     [
         ({"plan_fingerprint": "0" * 64}, "shards of plan 0000000000000000…"),
         ({"sidecar": "sc9"}, "sidecar: found 'sc9'; allowed: one of"),
-        ({"shards": ()}, r"tables \['users'\] are in only one of manifest and plan"),
+        ({"shards": ()}, r"shards \[\('users', .*are in only one of manifest and plan"),
         ({"shards": (shard(), shard())}, "or twice"),
-        ({"shards": (shard(ROWS[:4]),)}, r"table 'users': found \(4, 4, 'fp32'\); allowed: \(5, 4, 'fp32'\)"),
+        ({"shards": (shard(ROWS[:4]),)}, r"shards \[\('users', \(0, 4\), \(0, 4\)\).*allowed: \[\('users', \(0, 5\), \(0, 4\)\)\]"),
     ],
 )
 def test_a_manifest_that_is_not_the_plans_is_refused(tmp_path: Path, changes: dict[str, object], message: str) -> None:
