@@ -47,13 +47,25 @@ struct LookupClient::Scratch {
   std::vector<Fault> faults;
   std::vector<SidecarTimes> times;
   std::vector<SlotBudget> budgets;
-  std::vector<std::shared_ptr<ClientLane>> lanes;
+  std::vector<std::shared_ptr<ClientLane>> lanes;  // during a lookup
+  // The lanes of `lanes_version`, from lookup to lookup: weak, so that a thread without lookups keeps no lane.
+  std::vector<std::weak_ptr<ClientLane>> known;
+  uint64_t lanes_version = 0;
   std::array<InFlight, kWindow> window;
 };
+
+namespace {
+// Of no two states of any client's lanes: a thread's scratch serves all clients.
+uint64_t new_lanes_version() {
+  static std::atomic<uint64_t> last{0};
+  return last.fetch_add(1, std::memory_order_relaxed) + 1;
+}
+}  // namespace
 
 LookupClient::LookupClient(int64_t epoch, Routes routes, uint32_t spin_us, bool degrade)
     : epoch_(epoch), routes_(std::move(routes)), spin_ns_(uint64_t(spin_us) * 1000), degrade_(degrade), next_id_(1) {
   lanes_.resize(routes_.of_sidecar.size());
+  lanes_version_ = new_lanes_version();
   watch_ids_.resize(lanes_.size(), 0);
   epoll_ = Fd(epoll_create1(EPOLL_CLOEXEC));
   wake_ = Fd(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
@@ -84,6 +96,7 @@ void LookupClient::attach(int32_t sidecar, std::shared_ptr<ClientLane> lane) {
       return;
     }
     old = std::exchange(lanes_[size_t(sidecar)], lane);
+    lanes_version_.store(new_lanes_version(), std::memory_order_release);
     watch_ids_[size_t(sidecar)] = next_watch_++ << 16 | uint64_t(sidecar + 1);
     if (lane->fd() >= 0) {
       // One shot: a socket whose end has been handled must not keep the watcher awake.
@@ -100,6 +113,7 @@ void LookupClient::detach(int32_t sidecar) {
   {
     std::lock_guard lock(lanes_mutex_);
     old = std::exchange(lanes_[size_t(sidecar)], nullptr);
+    lanes_version_.store(new_lanes_version(), std::memory_order_release);
   }
   if (old) old->kill();
   lost_.notify_all();
@@ -157,6 +171,17 @@ void LookupClient::watch() {
   }
 }
 
+// Takes the lock only where lanes have come or gone since this thread's last lookup.
+void LookupClient::hold_lanes(Scratch& scratch) {
+  if (scratch.lanes_version != lanes_version_.load(std::memory_order_acquire)) {
+    std::lock_guard lock(lanes_mutex_);
+    scratch.known.assign(lanes_.begin(), lanes_.end());
+    scratch.lanes_version = lanes_version_.load(std::memory_order_relaxed);
+  }
+  scratch.lanes.resize(scratch.known.size());
+  for (size_t s = 0; s < scratch.known.size(); ++s) scratch.lanes[s] = scratch.known[s].lock();
+}
+
 LookupResult LookupClient::lookup(const LookupCall& call) {
   static thread_local Scratch scratch;
   const size_t sidecars = sidecar_count();
@@ -169,10 +194,7 @@ LookupResult LookupClient::lookup(const LookupCall& call) {
   scratch.times.assign(sidecars, SidecarTimes{});
   scratch.routed.admit(routes_, call.parts, call.part_count, scratch.faults);
   scratch.budgets.assign(sidecars, SlotBudget{SIZE_MAX, SIZE_MAX});
-  {
-    std::lock_guard lock(lanes_mutex_);
-    scratch.lanes.assign(lanes_.begin(), lanes_.end());
-  }
+  hold_lanes(scratch);
   for (size_t s = 0; s < sidecars; ++s)
     if (scratch.lanes[s]) scratch.budgets[s] = {scratch.lanes[s]->limits().request_bytes, scratch.lanes[s]->payload_capacity()};
   scratch.routed.plan(scratch.budgets, call.out.format, scratch.faults);
@@ -364,6 +386,7 @@ void LookupClient::close() {
   watcher_.join();
   std::lock_guard lock(lanes_mutex_);
   for (auto& lane : lanes_) lane.reset();
+  lanes_version_.store(new_lanes_version(), std::memory_order_release);
   if (rdma_) rdma_->close();
 }
 

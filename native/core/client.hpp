@@ -79,6 +79,7 @@ class LookupClient {
   struct InFlight;
   struct Scratch;
 
+  void hold_lanes(Scratch& scratch);
   Status send_one(Scratch& scratch, InFlight& chunk, int32_t sidecar, const LookupCall& call, uint64_t deadline);
   void receive(Scratch& scratch, InFlight& chunk, const LookupCall& call, uint64_t deadline, LookupResult& result);
   Status receive_one(Scratch& scratch, InFlight& chunk, int32_t sidecar, const LookupCall& call, uint64_t deadline, LookupResult& result);
@@ -93,6 +94,7 @@ class LookupClient {
   mutable std::mutex lanes_mutex_;
   std::condition_variable lost_;
   std::vector<std::shared_ptr<ClientLane>> lanes_;
+  std::atomic<uint64_t> lanes_version_;  // another one after every change of lanes_
   std::vector<uint64_t> watch_ids_;
   std::shared_ptr<RdmaRanker> rdma_;
   bool closed_ = false;
