@@ -10,6 +10,14 @@
 
 namespace sidepool {
 
+namespace {
+// Of no two states of any client's lanes: a thread's scratch serves all clients.
+uint64_t new_lanes_version() {
+  static std::atomic<uint64_t> last{0};
+  return last.fetch_add(1, std::memory_order_relaxed) + 1;
+}
+}  // namespace
+
 LookupClient::LookupClient(int64_t epoch, Routes routes, uint32_t spin_us, bool degrade, double hedge_budget)
     : epoch_(epoch),
       routes_(std::move(routes)),
@@ -18,6 +26,7 @@ LookupClient::LookupClient(int64_t epoch, Routes routes, uint32_t spin_us, bool 
       next_id_(1),
       replicas_(size_t(routes_.sidecars), hedge_budget) {
   lanes_.resize(size_t(routes_.sidecars));
+  lanes_version_ = new_lanes_version();
   watch_ids_.resize(lanes_.size(), 0);
   epoll_ = Fd(epoll_create1(EPOLL_CLOEXEC));
   wake_ = Fd(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
@@ -48,6 +57,7 @@ void LookupClient::attach(int32_t sidecar, std::shared_ptr<ClientLane> lane) {
       return;
     }
     old = std::exchange(lanes_[size_t(sidecar)], lane);
+    lanes_version_.store(new_lanes_version(), std::memory_order_release);
     watch_ids_[size_t(sidecar)] = next_watch_++ << 16 | uint64_t(sidecar + 1);
     if (lane->fd() >= 0) {
       // One shot: a socket whose end has been handled must not keep the watcher awake.
@@ -64,6 +74,7 @@ void LookupClient::detach(int32_t sidecar) {
   {
     std::lock_guard lock(lanes_mutex_);
     old = std::exchange(lanes_[size_t(sidecar)], nullptr);
+    lanes_version_.store(new_lanes_version(), std::memory_order_release);
   }
   if (old) old->kill();
   lost_.notify_all();
@@ -137,6 +148,7 @@ void LookupClient::close() {
   watcher_.join();
   std::lock_guard lock(lanes_mutex_);
   for (auto& lane : lanes_) lane.reset();
+  lanes_version_.store(new_lanes_version(), std::memory_order_release);
   if (rdma_) rdma_->close();
 }
 

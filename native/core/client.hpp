@@ -88,6 +88,7 @@ class LookupClient {
   struct Scratch;
 
   static Scratch& scratch();
+  void hold_lanes(Scratch& scratch);
   void choose_sidecars(Scratch& scratch);
   void set_budgets(Scratch& scratch) const;
   void send_chunk(Scratch& scratch, InFlight& chunk, const LookupCall& call, uint64_t deadline, LookupResult& result);
@@ -113,6 +114,7 @@ class LookupClient {
   mutable std::mutex lanes_mutex_;
   std::condition_variable lost_;
   std::vector<std::shared_ptr<ClientLane>> lanes_;
+  std::atomic<uint64_t> lanes_version_;  // another one after every change of lanes_
   std::vector<uint64_t> watch_ids_;
   std::shared_ptr<RdmaRanker> rdma_;
   bool closed_ = false;

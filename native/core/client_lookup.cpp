@@ -77,7 +77,10 @@ struct LookupClient::Scratch {
   std::vector<Fault> faults;
   std::vector<SidecarTimes> times;
   std::vector<SlotBudget> budgets;
-  std::vector<std::shared_ptr<ClientLane>> lanes;
+  std::vector<std::shared_ptr<ClientLane>> lanes;  // during a lookup
+  // The lanes of `lanes_version`, from lookup to lookup: weak, so that a thread without lookups keeps no lane.
+  std::vector<std::weak_ptr<ClientLane>> known;
+  uint64_t lanes_version = 0;
   std::vector<int32_t> sidecar_of_set;
   std::vector<int32_t> wanted;
   std::vector<std::vector<int32_t>> asks;  // per sidecar
@@ -92,6 +95,17 @@ LookupClient::Scratch& LookupClient::scratch() {
 
 const std::vector<int32_t>& LookupClient::last_degraded() { return scratch().degraded; }
 
+// Takes the lock only where lanes have come or gone since this thread's last lookup.
+void LookupClient::hold_lanes(Scratch& scratch) {
+  if (scratch.lanes_version != lanes_version_.load(std::memory_order_acquire)) {
+    std::lock_guard lock(lanes_mutex_);
+    scratch.known.assign(lanes_.begin(), lanes_.end());
+    scratch.lanes_version = lanes_version_.load(std::memory_order_relaxed);
+  }
+  scratch.lanes.resize(scratch.known.size());
+  for (size_t s = 0; s < scratch.known.size(); ++s) scratch.lanes[s] = scratch.known[s].lock();
+}
+
 LookupResult LookupClient::lookup(const LookupCall& call) {
   Scratch& scratch = this->scratch();
   const uint64_t start = now_ns();
@@ -104,10 +118,7 @@ LookupResult LookupClient::lookup(const LookupCall& call) {
   scratch.times.assign(sidecar_count(), SidecarTimes{});
   scratch.degraded.clear();
   scratch.routed.admit(routes_, call.parts, call.part_count, scratch.faults);
-  {
-    std::lock_guard lock(lanes_mutex_);
-    scratch.lanes.assign(lanes_.begin(), lanes_.end());
-  }
+  hold_lanes(scratch);
   choose_sidecars(scratch);
   set_budgets(scratch);
   scratch.routed.plan(scratch.budgets, call.out.format, scratch.faults);

@@ -70,9 +70,12 @@ def test_more_callers_than_slots_take_turns() -> None:
 def test_a_cable_that_loses_packets_costs_nothing_but_time() -> None:
     options = {"peer_timeout_s": 8.0}
     with joined(ranker=options, **options) as both, cable.losing(2, "vA"), cable.losing(2, "vB"):
-        for seed in range(120):
+        for seed in range(2_000):
             assert_answers(both.client, 1 + seed % 60, seed)
-        assert cable.dropped("vA") + cable.dropped("vB") > 10
+            if seed % 50 == 49 and cable.dropped("vA") + cable.dropped("vB") > 10:
+                break
+        else:
+            raise AssertionError("the cable lost next to nothing")
         assert both.client.lane_alive(0)
 
 
