@@ -28,7 +28,7 @@ check: setup ## lint and types
 
 test: check ## lint, types, native tests under sanitizers, all Python tests
 	.ci/native-tests
-	$(BIN)/pytest
+	.ci/python-tests
 
 test-rdma: setup ## the verbs tests alone, in a SoftRoCE guest
 	$(BIN)/pytest tests/test_rdma_guest.py
