@@ -27,8 +27,7 @@ check: setup ## lint and types
 	$(BIN)/mypy
 
 test: check ## lint, types, native tests under sanitizers, all Python tests
-	.ci/native-tests
-	$(BIN)/pytest
+	.ci/tests
 
 test-rdma: setup ## the verbs tests alone, in a SoftRoCE guest
 	$(BIN)/pytest tests/test_rdma_guest.py
