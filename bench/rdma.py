@@ -36,6 +36,7 @@ BATCHES = {"64 B": 1, "4 KB": 64, "64 KB": 1024}
 DEPTH = 8
 ROUNDS = 3
 LANES = 16
+# A sidecar's default. Threads that spin longer take processors from each other where there are fewer of them.
 SPIN_US = 5
 TARGETS = {"rate": 0.8, "engines": 0.95}
 # Patient, for emulated devices.
@@ -54,12 +55,11 @@ class Devices:
 class Ends:
     """A sidecar's engines with one table, and clients with a lane each."""
 
-    def __init__(self, devices: Devices, *, engines: int = 1, clients: int = 1, spin_us: int = 50, **options: Any) -> None:
-        self._spin_us = spin_us
+    def __init__(self, devices: Devices, *, engines: int = 1, clients: int = 1, **options: Any) -> None:
         self._path = RdmaPath(device=devices.ranker, gid_index=devices.gid_index, peer_timeout_s=PATIENCE_S)
         self._window = options.pop("window_bytes", 0)
         path = RdmaPath(device=devices.sidecar, gid_index=devices.gid_index, peer_timeout_s=PATIENCE_S, window_bytes=self._window)
-        self.server = _native.SidecarServer(engines=engines, spin_us=spin_us, max_lanes=64, max_frame_bytes=1 << 20)
+        self.server = _native.SidecarServer(engines=engines, spin_us=SPIN_US, max_lanes=64, max_frame_bytes=1 << 20)
         tables = _native.TableSet(1, 1, 1)
         tables.add_table_array(0, np.ones((ROWS, DIM), np.float32), "error", 0)
         tables.add_feature(0, 0, "sum", False)
@@ -70,7 +70,7 @@ class Ends:
 
     def _client(self) -> _native.LookupClient:
         client = _native.LookupClient(
-            epoch=1, sidecars=1, spin_us=self._spin_us, degrade=False, rows=np.array([ROWS]), dims=np.array([DIM], np.int32),
+            epoch=1, sidecars=1, spin_us=SPIN_US, degrade=False, rows=np.array([ROWS]), dims=np.array([DIM], np.int32),
             poolings=["sum"], weighted=[False], out_of_range=["error"], sidecar_of_feature=np.zeros(1, np.int32),
         )  # fmt: skip
         path = self._path.model_copy(update={"window_bytes": self._window})
@@ -167,9 +167,7 @@ def measure_pieces(devices: Devices, rounds: int, count: int) -> dict[str, float
 
 def measure_engines(devices: Devices, rounds: int, count: int) -> dict[str, float]:
     """The rate of many lanes over 8 and over 16 engines, in turns."""
-    # Threads that spin would take processors from each other, where there are fewer of them: the default of a sidecar.
-    options = {"clients": LANES, "spin_us": SPIN_US}
-    with _ends(devices, engines=8, **options) as eight, _ends(devices, engines=16, **options) as sixteen:
+    with _ends(devices, engines=8, clients=LANES) as eight, _ends(devices, engines=16, clients=LANES) as sixteen:
         rates: tuple[list[float], list[float]] = ([], [])
         for _ in range(rounds + 1):
             rates[0].append(eight.rate(1, count, threads=1))
