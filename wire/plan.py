@@ -255,3 +255,15 @@ def validate_plan(plan: Plan, *, where: str = "plan") -> None:
         shards.setdefault(shard.table, []).append(shard)
     for table in plan.tables:
         check_tiling(table, shards.get(table.name, ()), where)
+
+
+def check_successor(old: Plan, new: Plan) -> None:
+    """Refuse a plan that places other tables than `old`, or that has its epoch: `PlanError`."""
+    prefix = f"plan epoch {new.epoch}"
+    if new.model != old.model:
+        raise PlanError(f"{prefix}: model: found {new.model!r}; allowed: {old.model!r}")
+    for kind in ("tables", "features"):
+        if getattr(new, kind) != getattr(old, kind):
+            raise PlanError(f"{prefix}: {kind}: found others; allowed: those of epoch {old.epoch}")
+    if new.epoch == old.epoch:
+        raise PlanError(f"{prefix}: epoch: found {new.epoch}, which already stands for another plan; allowed: any other number")
