@@ -18,6 +18,7 @@ from sidepool.wire.model import PLAN_FILE
 from sidepool.wire.plan import Plan, RowFormat, Table, save_plan
 from sidepool.wire.shard_reader import locate, shard_number, shards_of, verify_checksum
 from sidepool.wire.shards import MANIFEST_FILE, ShardManifest, save_manifest
+from sidepool.wire.stored_rows import put_columns
 
 _DTYPES = {RowFormat.FP32: torch.float32, RowFormat.FP16: torch.float16, RowFormat.BF16: torch.bfloat16}
 
@@ -80,29 +81,14 @@ def _readers(plan: Plan, directory: Path, verify: bool) -> dict[str, Callable[[i
 def _reader(
     table: Table, parts: Sequence[tuple[tuple[int, int], tuple[int, int], NDArray[np.uint8]]]
 ) -> Callable[[int, int], Tensor]:
-    codes_end = table.row_format.row_bytes(table.dim) - _tail(table)
-
     def read(begin: int, end: int) -> Tensor:
         out = np.empty((end - begin, table.row_bytes), np.uint8)
         for (first, last), columns, rows in parts:
             low, high = max(begin, first), min(end, last)
             if low >= high:
                 continue
-            at = _bytes_before(table, columns[0])
-            codes = rows.shape[1] - _tail(table)
-            block = rows[low - first : high - first]
-            out[low - begin : high - begin, at : at + codes] = block[:, :codes]
-            out[low - begin : high - begin, codes_end:] = block[:, codes:]
+            put_columns(out[low - begin : high - begin], rows[low - first : high - first], table.row_format, columns[0])
         stored = torch.from_numpy(out)
         return stored if table.row_format.quantised else stored.view(_DTYPES[table.row_format])
 
     return read
-
-
-def _tail(table: Table) -> int:
-    """Bytes of scale and bias behind the codes of a row."""
-    return {RowFormat.INT8: 8, RowFormat.INT4: 4}.get(table.row_format, 0)
-
-
-def _bytes_before(table: Table, column: int) -> int:
-    return table.row_format.row_bytes(column) - _tail(table) if column else 0

@@ -154,6 +154,8 @@ class Tls(_Documented):
     """The private key of `cert`."""
     client_ca: str | None = None
     """Authorities whose certificates clients must present (mTLS). null: connections are encrypted, clients are not checked."""
+    peer_ca: str | None = None
+    """Authorities of the other sidecars' certificates, for fetching shards from them with `cert` as its own. null: `client_ca`."""
 
 
 class Memory(_Documented):
@@ -184,10 +186,11 @@ class SidecarConfig(_Documented):
     """Version of this file's format."""
     name: Name
     """The name under which the plan knows this sidecar."""
-    plan: Annotated[str, Field(min_length=1)]
-    """The plan, relative to this file."""
+    plan: Annotated[str, Field(min_length=1)] | None
+    """The plan, relative to this file. null: start with nothing, and wait until `sidepool plan apply` brings shards."""
     shards: Annotated[str, Field(min_length=1)]
-    """The directory that holds this sidecar's shards and their manifest, relative to this file."""
+    """The directory that holds this sidecar's shards and their manifest, relative to this file. `sidepool plan apply` puts those
+    of new plans beside it (`shards.epoch-7`)."""
     listen: Listen = Listen()
     """Addresses."""
     tls: Tls | None = None
@@ -230,6 +233,8 @@ class SidecarConfig(_Documented):
     previous_epoch_s: Annotated[float, Field(ge=0, le=86_400)] = 60.0
     """Seconds that the plan before the present one goes on being answered after a reload, for rankers that have not switched; both
     are held meanwhile. A minute lets a rollout of rankers finish."""
+    move_bytes_per_s: Annotated[float, Field(ge=1_000_000, le=100_000_000_000)] = 32_000_000
+    """Bytes per second that shards move at, in and out, where `sidepool plan apply` names no rate. MOVE_REASON"""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least severe level that is logged. SIGHUP applies a change."""
 
@@ -254,7 +259,8 @@ def load_sidecar_config(path: Path) -> SidecarConfig:
         if len(unix.encode()) > MAX_SOCKET_PATH_BYTES:
             raise ConfigError(f"{path}: listen.unix: found {unix!r}; allowed: at most {MAX_SOCKET_PATH_BYTES} bytes, made absolute")
         listen = listen.model_copy(update={"unix": unix})
-    absolute = {"plan": str(base / config.plan), "shards": str(base / config.shards), "tls": tls, "listen": listen}
+    plan = None if config.plan is None else str(base / config.plan)
+    absolute = {"plan": plan, "shards": str(base / config.shards), "tls": tls, "listen": listen}
     return config.model_copy(update=absolute)
 
 

@@ -6,18 +6,19 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from sidepool import _native
 from sidepool.sidecar import logs
 from sidepool.sidecar.config import SidecarConfig
+from sidepool.sidecar.epochs import Source, sources
 from sidepool.sidecar.numa import place, usable_nodes
 from sidepool.sidecar.serving import Published
 from sidepool.sidecar.shards import LoadCancelled, load_tables
 from sidepool.wire.errors import ConfigError, PlanError
-from sidepool.wire.plan import Plan, load_plan
+from sidepool.wire.plan import Plan
 
 # A progress line for every tenth of the bytes: ten lines whatever the number of tables.
 PROGRESS_STEPS = 10
@@ -25,10 +26,10 @@ PROGRESS_STEPS = 10
 
 @dataclass(frozen=True)
 class Loaded:
-    """A load has ended well; `published` is None when the plan is the one already served."""
+    """A load has ended well; `published`: what is not served yet, the newest last."""
 
     config: SidecarConfig
-    published: Published | None
+    published: tuple[Published, ...]
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,8 @@ class Loader:
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def start(self, config: SidecarConfig, serving: Published | None) -> None:
-        """Begin to load what `config` names, to replace `serving`. The previous load must have reported."""
+    def start(self, config: SidecarConfig, serving: Sequence[Published]) -> None:
+        """Begin to load what `config` names, beside `serving`. The previous load must have reported."""
         self._thread = threading.Thread(target=self._load, args=(config, serving), name="load")
         self._thread.start()
 
@@ -58,7 +59,7 @@ class Loader:
         if self._thread is not None:
             self._thread.join()
 
-    def _load(self, config: SidecarConfig, serving: Published | None) -> None:
+    def _load(self, config: SidecarConfig, serving: Sequence[Published]) -> None:
         try:
             published = load(config, serving, self._planned, self._stopping.is_set)
         except LoadCancelled:
@@ -71,18 +72,24 @@ class Loader:
 
 def load(
     config: SidecarConfig,
-    serving: Published | None = None,
+    serving: Sequence[Published] = (),
     planned: Callable[[Plan], None] = lambda plan: None,
     cancelled: Callable[[], bool] = lambda: False,
-) -> Published | None:
-    """Load what `config` names; None when its plan is the one already `serving`.
+) -> tuple[Published, ...]:
+    """Load what `config` names, or what was brought here since, as far as it is not `serving` already; the newest last.
 
     Raises `PlanError`, `ShardCorrupt` and `ConfigError` (`memory`), and `LoadCancelled` soon after `cancelled()` is true.
     """
-    plan = load_plan(Path(config.plan))
-    if serving is not None and not _replaces(plan, serving.plan, config.plan):
-        return None
-    planned(plan)
+    found = [source for source in sources(config) if _is_new(source, serving)]
+    if found:
+        planned(found[-1].plan)
+    return tuple(load_source(config, s.plan, s.shards, verify=config.verify, cancelled=cancelled) for s in found)
+
+
+def load_source(
+    config: SidecarConfig, plan: Plan, shards: Path, *, verify: bool, cancelled: Callable[[], bool] = lambda: False
+) -> Published:
+    """Load one plan's shards; raises as `load`."""
     began, logged = time.monotonic(), 0
 
     def progress(done: int, total: int) -> None:
@@ -95,12 +102,12 @@ def load(
             eta_s = round(seconds * (total - done) / done, 1)
             logs.info("verifying shards", done_bytes=done, total_bytes=total, bytes_per_s=speed, eta_s=eta_s)
 
-    tables = load_tables(plan, config.name, Path(config.shards), verify=config.verify, progress=progress, cancelled=cancelled)
+    tables = load_tables(plan, config.name, shards, verify=verify, progress=progress, cancelled=cancelled)
     place_copies(tables, config)
     _choose_lookahead(tables, plan, config)
     seconds = round(time.monotonic() - began, 3)
-    logs.info("shards loaded", plan_epoch=plan.epoch, bytes=tables.bytes, verified=config.verify, seconds=seconds)
-    return Published(plan, tables)
+    logs.info("shards loaded", plan_epoch=plan.epoch, bytes=tables.bytes, verified=verify, seconds=seconds)
+    return Published(plan, tables, shards)
 
 
 def place_copies(tables: _native.TableSet, config: SidecarConfig) -> None:
@@ -142,10 +149,10 @@ def promote(tables: _native.TableSet) -> None:
     threading.Thread(target=copy, name="promote", daemon=True).start()
 
 
-def _replaces(new: Plan, old: Plan, path: str) -> bool:
-    """Whether `new` is another plan than `old`; `PlanError` when it is, yet under the same epoch."""
-    if new.fingerprint == old.fingerprint:
+def _is_new(source: Source, serving: Sequence[Published]) -> bool:
+    """Whether a plan is not served; `PlanError` when it is not, yet its epoch is."""
+    if any(p.plan.fingerprint == source.plan.fingerprint for p in serving):
         return False
-    if new.epoch == old.epoch:
-        raise PlanError(f"{path}: epoch: found {new.epoch}, which already stands for another plan; allowed: any other number")
+    if any(p.plan.epoch == source.plan.epoch for p in serving):
+        raise PlanError(f"plan epoch: found {source.plan.epoch}, which already stands for another plan; allowed: any other number")
     return True

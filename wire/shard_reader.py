@@ -154,8 +154,7 @@ def seal_features(tables: _native.TableSet, plan: Plan, held: set[int]) -> None:
 
 
 def _extent(shard: ShardFile) -> tuple[tuple[int, int], tuple[int, int]]:
-    rows, columns = (shard.first_row, shard.first_row + shard.rows), (shard.first_column, shard.first_column + shard.dim)
-    return rows, columns
+    return shard.row_range, shard.column_range
 
 
 def _check_placement(plan: Plan, manifest: ShardManifest, directory: Path) -> None:
