@@ -1,0 +1,51 @@
+"""`sidepool plan apply` under a minute of load: a sidecar is added, shards move, a sidecar leaves; every value is checked."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from changing_world import SLOWLY, Load, deployed
+
+from sidepool.client import EmbeddingClient
+
+LOAD_S = 60.0
+
+
+@pytest.mark.slow
+def test_a_minute_of_lookups_notices_no_sidecar_that_comes_no_shard_that_moves_and_no_sidecar_that_leaves(tmp_path: Path) -> None:
+    with deployed(tmp_path) as deployment, EmbeddingClient.connect(deployment.plan, lane="tcp") as client:
+        load, ends = Load(client, deployment.world), time.monotonic() + LOAD_S
+        try:
+            deployment.start("third")
+            steps = [
+                (4, ("left", "right", "third"), 0),
+                (5, ("third", "left", "right"), 3),
+                (6, ("third", "right"), 0),
+            ]
+            for epoch, names, shift in steps:
+                ran = deployment.apply("apply", deployment.spread(epoch, names, shift=shift), "--bytes-per-s", str(SLOWLY))
+                assert ran.returncode == 0, ran.stderr
+                load.until_epoch(epoch)
+                if epoch == 4:  # there and back
+                    assert deployment.apply("rollback").returncode == 0
+                    load.until_epoch(3)
+                    assert deployment.apply("apply", deployment.spread(epoch, names)).returncode == 0
+                    load.until_epoch(4)
+            assert "'left' holds nothing of it: stop it" in ran.stdout
+            for name in ("third", "right"):
+                while deployment.running[name].wait_for("retired")["plan_epoch"] != 5:
+                    pass
+                assert deployment.brought(name) == ["shards.epoch-6"]
+            deployment.running["left"].send(signal.SIGTERM)
+            assert deployment.running["left"].wait() == 0
+            while time.monotonic() < ends:
+                assert load.problems == []
+                time.sleep(0.1)
+        finally:
+            load.stop()
+    assert load.problems == []
+    assert load.asked == {("left", "right"), *(names for _, names, _ in steps)}
+    assert min(load.looked) > 1000
