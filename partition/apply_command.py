@@ -101,7 +101,7 @@ def _bars() -> Iterator[Show]:
                     bar = bars[reply.name] = progress.add_task(reply.name, total=None, phase="")
                 if reply.total_bytes:
                     progress.update(bar, total=reply.total_bytes, completed=reply.done_bytes, phase=reply.phase)
-                else:
-                    progress.update(bar, phase=reply.phase)
+                elif reply.phase == "ready":
+                    progress.update(bar, completed=progress.tasks[bar].total, phase=reply.phase)
 
         yield show
