@@ -16,8 +16,8 @@ from sidepool.partition.shard_writer import write_shard
 from sidepool.wire.errors import CutError, PlanError, ShardCorrupt
 from sidepool.wire.model import PLAN_FILE
 from sidepool.wire.plan import Plan, RowFormat, Table, save_plan
-from sidepool.wire.shard_reader import locate, shard_number, shards_of, verify_checksum
-from sidepool.wire.shards import MANIFEST_FILE, ShardManifest, save_manifest
+from sidepool.wire.shard_reader import locate, shard_directories, shard_number, shards_of, verify_checksum
+from sidepool.wire.shards import ShardManifest, save_manifest
 from sidepool.wire.stored_rows import put_columns
 
 _DTYPES = {RowFormat.FP32: torch.float32, RowFormat.FP16: torch.float16, RowFormat.BF16: torch.bfloat16}
@@ -57,12 +57,12 @@ def _set_numa(path: Path, node: int) -> None:
 def _readers(plan: Plan, directory: Path, verify: bool) -> dict[str, Callable[[int, int], Tensor]]:
     """Per table: its rows `[begin, end)` as they are stored, at full width."""
     stored: dict[tuple[int, int], NDArray[np.uint8]] = {}
-    for manifest in sorted(directory.rglob(MANIFEST_FILE)):
-        for file in shards_of(plan, manifest.parent):
+    for shards in shard_directories(plan, [directory]):
+        for file in shards_of(plan, shards):
             key = shard_number(plan, file)
             if key in stored:
                 continue
-            path, offset = locate(manifest.parent, file)
+            path, offset = locate(shards, file)
             if verify:
                 verify_checksum(path, offset, file)
             width = file.row_format.row_bytes(file.dim)

@@ -32,7 +32,7 @@ from sidepool.sidecar.pacing import Pacer
 from sidepool.sidecar.room import available_memory_bytes
 from sidepool.sidecar.sending import MAX_STREAMS
 from sidepool.sidecar.serving import Published
-from sidepool.sidecar.staging import StagedShard
+from sidepool.sidecar.staging import JOURNAL_SUFFIX, StagedShard
 from sidepool.sidecar.stored import CHUNK_BYTES, Part, find_shard, read_part
 from sidepool.wire.checksum import crc32c
 from sidepool.wire.control_channel import ClientTls, fault_of
@@ -136,6 +136,8 @@ class Fetcher:
             remove_directory(complete)  # of an earlier move to this epoch, which was given up
             partial.rename(complete)
             sync_directory(complete.parent)
+            for journal in complete.glob(f"*{JOURNAL_SUFFIX}"):
+                journal.unlink()
         except OSError as e:
             raise PlanError(f"{partial}: cannot be written: {e}") from e
         finally:
@@ -149,8 +151,8 @@ class Fetcher:
 
     def _check_room(self, partial: Path, new: Sequence[ShardFile], held_bytes: int) -> None:
         """Refuse what would fill the disk or the memory that the sidecar serves from; raises `PlanError`."""
-        there = sum(path.stat().st_blocks * 512 for path in partial.iterdir())
-        needed, free = sum(shard.bytes for shard in new) - there, shutil.disk_usage(partial).free
+        begun = {path.name for path in partial.iterdir()}  # their room is reserved
+        needed, free = sum(shard.bytes for shard in new if shard.file not in begun), shutil.disk_usage(partial).free
         if needed > free:
             raise PlanError(
                 f"{partial.parent}: no room: found {free} bytes free; plan epoch {self._order.new.epoch} takes {needed}"
@@ -210,19 +212,18 @@ class Fetcher:
     def _bring(self, partial: Path, shard: ShardFile) -> ShardFile:
         pieces = self._pieces(shard)
         for _ in range(TRIES_WITHOUT_HOPE):
-            staged, done_before, finished = StagedShard(partial, shard), self.progress.done_bytes, False
+            staged, done_before = StagedShard(partial, shard), self.progress.done_bytes
             try:
                 checksums = [self._bring_piece(staged, piece) for piece in pieces]
                 entry = staged.finish(self._stopped)
                 # A shard that moved as it was has the checksum that its old manifest gives.
                 moved_whole = len(pieces) == 1 and pieces[0].whole and checksums[0] is not None
-                finished = not moved_whole or checksums[0] == entry.crc32c
-                if finished:
+                if not moved_whole or checksums[0] == entry.crc32c:
                     return entry
                 staged.forget()
                 self.progress.done_bytes = done_before
             finally:
-                staged.close(finished=finished)
+                staged.close()
         raise ShardCorrupt(f"{partial / shard.file}: tensor {shard.table!r}: came with another checksum than its manifest gives")
 
     def _pieces(self, shard: ShardFile) -> list[Piece]:

@@ -87,12 +87,10 @@ class StagedShard:
         os.fsync(self._file)
         return self.shard.model_copy(update={"crc32c": checksum})
 
-    def close(self, *, finished: bool = False) -> None:
-        """Close the files; the journal of a finished one goes."""
+    def close(self) -> None:
+        """Close the files."""
         os.close(self._file)
         self._journal.close()
-        if finished:
-            self._journal_path.unlink(missing_ok=True)
 
     def _offset(self, row: int) -> int:
         return len(self._header) + (row - self.shard.first_row) * self._width

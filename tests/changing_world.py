@@ -46,11 +46,17 @@ class Deployment:
     def config(self, name: str) -> Path:
         return self.directory / name / "sidecar.yaml"
 
-    def start(self, name: str) -> RunningSidecar:
-        """A sidecar that serves, or that waits for a plan (the third)."""
+    def start(self, name: str, event: str = "ready") -> RunningSidecar:
+        """A sidecar that has logged `event`; the third has nothing at first: `waiting for a plan`."""
         sidecar = self.running[name] = RunningSidecar(self.config(name))
-        sidecar.connect(sidecar.wait_for("waiting for a plan" if name == "third" else "ready").get("grpc", ""))
+        sidecar.wait_for(event)
         return sidecar
+
+    def kill(self, name: str) -> None:
+        """End a sidecar as a crash would."""
+        sidecar = self.running.pop(name)
+        sidecar.process.kill()
+        sidecar.close()
 
     def spread(self, epoch: int, names: tuple[str, ...], *, shift: int = 0) -> Path:
         """Write a plan of every table cut by rows over some sidecars, as far as it has rows; `shift` moves all cuts."""

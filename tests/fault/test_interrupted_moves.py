@@ -24,6 +24,7 @@ from sidepool.wire.plan import load_plan, pack_plan, save_plan
 
 RATE = ("--bytes-per-s", str(SLOWLY))
 ALL = ("left", "right", "third")
+WAITING = "waiting for a plan"
 
 
 @pytest.fixture
@@ -76,7 +77,7 @@ def rows_sent(deployment: Deployment, last_row: int) -> list[int]:
 
 
 def test_a_killed_tool_is_run_again_and_goes_on(deployment: Deployment) -> None:
-    deployment.start("third")
+    deployment.start("third", WAITING)
     plan = deployment.spread(4, ALL)
     with applying(deployment, plan, until_bytes=1_500_000) as process:
         process.kill()
@@ -90,22 +91,23 @@ def test_a_killed_tool_is_run_again_and_goes_on(deployment: Deployment) -> None:
 
 
 def test_a_killed_receiver_goes_on_with_what_has_arrived(deployment: Deployment) -> None:
-    deployment.start("third")
+    deployment.start("third", WAITING)
     plan = deployment.spread(4, ALL)
     with applying(deployment, plan, until_bytes=1_500_000) as process:
-        killed = deployment.running.pop("third")
-        killed.process.kill()
-        killed.close()
+        deployment.kill("third")
         assert_served(deployment, 3)
-        deployment.start("third").wait_for("prepared")
+        deployment.start("third", WAITING).wait_for("prepared")
         assert process.wait(PATIENCE_S) == 0
     assert_served(deployment, 4)
     first, again = rows_sent(deployment, LARGE.rows)
     assert again - first >= 1_000_000 // LARGE.row_bytes
+    deployment.kill("third")
+    deployment.start("third")  # its configuration names no plan
+    assert_served(deployment, 4)
 
 
 def test_what_was_interrupted_is_undone_without_a_trace(deployment: Deployment) -> None:
-    deployment.start("third")
+    deployment.start("third", WAITING)
     plan = deployment.spread(4, ALL)
     with applying(deployment, plan, until_bytes=500_000) as process:
         process.kill()
@@ -132,8 +134,7 @@ def test_sidecars_that_are_killed_between_two_plans_come_back_with_both(deployme
             stub.Prepare(request, timeout=PATIENCE_S)
         deployment.running[name].wait_for("prepared")
     for name in SIDECARS:
-        deployment.running[name].process.kill()
-        deployment.running[name].close()
+        deployment.kill(name)
         deployment.start(name)
     assert_served(deployment, 3)
     assert deployment.apply("apply", plan).returncode == 0
@@ -143,8 +144,7 @@ def test_sidecars_that_are_killed_between_two_plans_come_back_with_both(deployme
     for name in SIDECARS:  # of what was rolled back nothing stays
         assert deployment.running[name].wait_for("retired")["plan_epoch"] == 4
         assert deployment.brought(name) == []
-        deployment.running[name].process.kill()
-        deployment.running[name].close()
+        deployment.kill(name)
         deployment.start(name)
     assert_served(deployment, 3)
 
@@ -224,7 +224,7 @@ def test_calls_that_make_no_sense_are_refused(deployment: Deployment) -> None:
             code, said = refused(call, request)
             assert code is grpc.StatusCode.FAILED_PRECONDITION
             assert complaint in said
-        slow = [stub.Fetch(FetchRequest(**part | {"rows": LARGE.rows, "bytes_per_s": 1e6}), timeout=PATIENCE_S) for _ in range(2)]
+        slow = [stub.Fetch(FetchRequest(**part | {"rows": LARGE.rows, "bytes_per_s": 4e6}), timeout=PATIENCE_S) for _ in range(2)]
         for stream in slow:
             next(stream)
         code, said = refused(stub.Fetch, FetchRequest(**part))

@@ -19,7 +19,7 @@ def test_a_minute_of_lookups_notices_no_sidecar_that_comes_no_shard_that_moves_a
     with deployed(tmp_path) as deployment, EmbeddingClient.connect(deployment.plan, lane="tcp") as client:
         load, ends = Load(client, deployment.world), time.monotonic() + LOAD_S
         try:
-            deployment.start("third")
+            deployment.start("third", "waiting for a plan")
             steps = [
                 (4, ("left", "right", "third"), 0),
                 (5, ("third", "left", "right"), 3),
