@@ -129,7 +129,10 @@ class Connections:
                     self._change_to(plan)
                     self._said = ""
             except SidepoolError as e:
-                self._say(e)
+                self._say(str(e))
+                self._stopped.wait(WATCH_S)
+            except Exception as e:  # a thread has no caller, and lookups have a plan
+                self._say(f"{type(e).__name__}: {e}")
                 self._stopped.wait(WATCH_S)
 
     def _change_to(self, plan: Plan) -> None:
@@ -145,8 +148,8 @@ class Connections:
             time.sleep(IDLE_POLL_S)
         old.close()
 
-    def _say(self, fault: SidepoolError) -> None:
-        if (text := str(fault)) != self._said:
+    def _say(self, text: str) -> None:
+        if text != self._said:
             self._said = text
             _log.warning("the plan before (epoch %d) is used on: %s", self.current.plan.epoch, text)
 

@@ -164,14 +164,15 @@ def rollback(places: Places, tls: ClientTls) -> Plan:
 def _prepare(peers: Peers, old: Plan, new: Plan, bytes_per_s: float, show: Show) -> None:
     """Return once every sidecar of `new` answers it; raises where that cannot be."""
     request = PrepareRequest(plan=pack_plan(new), present=pack_plan(old), bytes_per_s=bytes_per_s)
-    answers: dict[str, MoveReply] = peers.insist("Prepare", request)  # one that is not there now is an error at once
+    answers = peers.insist("Prepare", request)  # one that is not there now is an error at once
     heard = dict.fromkeys(answers, time.monotonic())
     while True:
         show(list(answers.values()))
-        waiting = [name for name, reply in answers.items() if new.fingerprint not in {held.fingerprint for held in reply.plans}]
-        if not waiting and all(time.monotonic() - at < POLL_S + CALL_TIMEOUT_S for at in heard.values()):
+        ready = [name for name, reply in answers.items() if new.fingerprint in {held.fingerprint for held in reply.plans}]
+        if len(ready) == len(peers.sidecars):
             return
         time.sleep(POLL_S)
+        answers = {}
         for name, answer in peers.ask("Progress", ProgressRequest()).items():
             if isinstance(answer, MoveReply) and answer.phase == "idle":  # it was started again
                 answer = peers.ask("Prepare", request, [name])[name]

@@ -113,7 +113,7 @@ def sources(config: SidecarConfig) -> list[Source]:
     """
     base = Path(config.shards)
     configured = load_plan(Path(config.plan)) if config.plan is not None else None
-    for directory in _complete(base):
+    for directory in complete_directories(base):
         record = load_record(directory)
         if configured is not None and configured.epoch > record.plan.epoch:
             break
@@ -131,8 +131,8 @@ def sources(config: SidecarConfig) -> list[Source]:
     return [Source(configured, base)] if configured is not None else []
 
 
-def _complete(base: Path) -> list[Path]:
-    """Directories of plans brought here, the newest first."""
+def complete_directories(base: Path) -> list[Path]:
+    """Directories of plans that were brought here, the newest first."""
     prefix = f"{base.name}.epoch-"
     found = {path.name.removeprefix(prefix): path for path in base.parent.glob(f"{glob.escape(base.name)}.epoch-*")}
     return [found[epoch] for epoch in sorted((e for e in found if e.isascii() and e.isdigit()), key=int, reverse=True)]

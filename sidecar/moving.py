@@ -16,6 +16,7 @@ from sidepool.sidecar.epochs import (
     Before,
     MoveRecord,
     MoveState,
+    complete_directories,
     complete_directory,
     load_record,
     partial_directories,
@@ -160,8 +161,13 @@ class Mover:
             return True
 
     def resume(self) -> None:
-        """After a start: the plan that was on its way out goes on leaving."""
+        """After a start: the plan that was on its way out goes on leaving, and what is older than all that is served goes."""
         with self._lock:
+            served = [p.shards for p in self._serving.plans]
+            found = complete_directories(Path(self._config().shards))
+            for older in found[1:] if found[:1] == served[:1] else ():
+                if older not in served:
+                    remove_directory(older)
             if self._record_of_present("switched") is not None and len(plans := self._serving.plans) == 2:
                 self._serving.drop(plans[1], self._serving.previous_epoch_s)
 

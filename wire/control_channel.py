@@ -12,6 +12,8 @@ from sidepool.wire.errors import ConfigError, SidepoolError, error_with_code
 
 # Trailing metadata of every failed call: the stable code, for clients that match on it rather than on the gRPC status.
 CODE_KEY = "sidepool-code"
+# A sidecar that starts again is found within a second or two of its return; gRPC's own two minutes are for busy services.
+FIRST_RETRY_MS, LAST_RETRY_MS = 100, 2000
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,11 @@ class ClientTls:
     def channel(self, address: str) -> grpc.Channel:
         """A channel of its own, to be closed by the caller. Raises `ConfigError` for files that cannot be read."""
         # A fresh pool: a new call must really connect, not inherit the back-off of an earlier channel to the same address.
-        options = [("grpc.use_local_subchannel_pool", 1)]
+        options = [
+            ("grpc.use_local_subchannel_pool", 1),
+            ("grpc.initial_reconnect_backoff_ms", FIRST_RETRY_MS),
+            ("grpc.max_reconnect_backoff_ms", LAST_RETRY_MS),
+        ]
         if self.ca is None:
             return grpc.insecure_channel(address, options)
         try:
