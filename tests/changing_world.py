@@ -24,7 +24,7 @@ from sidepool.wire.plan import Plan, Shard, SidecarAddress, Table, save_plan
 # 8 MB: its moves take seconds at the slowest rate, so that there is time to disturb them.
 LARGE = Table(name="large", rows=32_000, dim=64)
 NAMES = (*SIDECARS, "third")
-SLOWLY = 2_000_000.0
+SLOWLY = 4_000_000.0
 
 
 @dataclass

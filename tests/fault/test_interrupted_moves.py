@@ -79,7 +79,7 @@ def rows_sent(deployment: Deployment, last_row: int) -> list[int]:
 def test_a_killed_tool_is_run_again_and_goes_on(deployment: Deployment) -> None:
     deployment.start("third", WAITING)
     plan = deployment.spread(4, ALL)
-    with applying(deployment, plan, until_bytes=1_500_000) as process:
+    with applying(deployment, plan, until_bytes=1_200_000) as process:
         process.kill()
         process.wait()
     assert_served(deployment, 3)
@@ -93,7 +93,7 @@ def test_a_killed_tool_is_run_again_and_goes_on(deployment: Deployment) -> None:
 def test_a_killed_receiver_goes_on_with_what_has_arrived(deployment: Deployment) -> None:
     deployment.start("third", WAITING)
     plan = deployment.spread(4, ALL)
-    with applying(deployment, plan, until_bytes=1_500_000) as process:
+    with applying(deployment, plan, until_bytes=1_200_000) as process:
         deployment.kill("third")
         assert_served(deployment, 3)
         deployment.start("third", WAITING).wait_for("prepared")

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import time
 from pathlib import Path
 
+import grpc
 import pytest
 from changing_world import SLOWLY, Load, deployed
+from lookup_world import SIDECARS
+from sidecar_process import PATIENCE_S
 
 from sidepool.client import EmbeddingClient
+from sidepool.wire.control_pb2 import PrepareRequest
+from sidepool.wire.control_pb2_grpc import SidecarStub
+from sidepool.wire.plan import load_plan, pack_plan, save_plan
 
 LOAD_S = 60.0
 
@@ -49,3 +56,34 @@ def test_a_minute_of_lookups_notices_no_sidecar_that_comes_no_shard_that_moves_a
     assert load.problems == []
     assert load.asked == {("left", "right"), *(names for _, names, _ in steps)}
     assert min(load.looked) > 1000
+
+
+def test_a_client_stays_with_the_old_plan_until_all_sidecars_of_the_new_one_are_ready(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with deployed(tmp_path) as deployment, EmbeddingClient.connect(deployment.plan, lane="tcp") as client:
+        old, new = load_plan(deployment.plan), load_plan(deployment.spread(4, SIDECARS))
+        load = Load(client, deployment.world)
+        try:
+            save_plan(new.model_copy(update={"model": "other"}), deployment.plan)
+            said(caplog, "model: found 'other'")
+            save_plan(new, deployment.plan)
+            said(caplog, "sidecar 'left'.* plan_epoch: found 4; allowed: 3")
+            request = PrepareRequest(plan=pack_plan(new), present=pack_plan(old))
+            for name in SIDECARS:
+                assert client.plan.epoch == 3
+                with grpc.insecure_channel(deployment.addresses[name]) as channel:
+                    SidecarStub(channel).Prepare(request, timeout=PATIENCE_S)  # type: ignore[no-untyped-call]
+                deployment.running[name].wait_for("prepared")
+            load.until_epoch(4)
+        finally:
+            load.stop()
+    assert load.problems == []
+
+
+def said(caplog: pytest.LogCaptureFixture, pattern: str) -> None:
+    """Return once the log holds a message."""
+    until = time.monotonic() + PATIENCE_S
+    while not any(re.search(pattern, record.getMessage()) for record in caplog.records):
+        assert time.monotonic() < until, caplog.text
+        time.sleep(0.01)
