@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import glob
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,9 +16,9 @@ from typing import Literal
 
 from sidepool.sidecar.config import SidecarConfig
 from sidepool.wire.config import FormatVersion, Frozen, decode
+from sidepool.wire.durable import replace_text
 from sidepool.wire.errors import PlanError, ShardCorrupt
 from sidepool.wire.plan import Plan, load_plan, validate_plan
-from sidepool.wire.plan_source import sync_directory
 
 RECORD_FILE = "move.json"
 
@@ -86,13 +85,7 @@ def load_record(directory: Path) -> MoveRecord:
 
 def save_record(record: MoveRecord, directory: Path) -> None:
     """Write the record; whoever reads it finds the old or the new one, also after a power cut."""
-    partial = directory / f"{RECORD_FILE}.partial"
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(record.model_dump_json(exclude_none=True) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(directory / RECORD_FILE)
-    sync_directory(directory)
+    replace_text(directory / RECORD_FILE, record.model_dump_json(exclude_none=True) + "\n")
 
 
 def remove_directory(directory: Path) -> None:

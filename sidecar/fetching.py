@@ -38,10 +38,10 @@ from sidepool.wire.checksum import crc32c
 from sidepool.wire.control_channel import ClientTls, fault_of
 from sidepool.wire.control_pb2 import FetchRequest
 from sidepool.wire.control_pb2_grpc import SidecarStub
+from sidepool.wire.durable import sync
 from sidepool.wire.errors import Overloaded, PlanError, ShardCorrupt, SidepoolError
 from sidepool.wire.plan import Plan
-from sidepool.wire.plan_source import sync_directory
-from sidepool.wire.shards import ShardFile, ShardManifest, save_manifest
+from sidepool.wire.shards import MANIFEST_FILE, ShardFile, ShardManifest, save_manifest
 
 # One call streams at most this much, so that it can have a deadline: a peer that hangs is left, and little is asked for again.
 CALL_BYTES = 64 * CHUNK_BYTES
@@ -131,11 +131,12 @@ class Fetcher:
             files = [self._link(partial, s, linked[s.file]) if s.file in linked else self._bring(partial, s) for s in wanted]
             manifest = ShardManifest(sidecar=order.name, plan_fingerprint=order.new.fingerprint, shards=tuple(files))
             save_manifest(manifest, partial)
+            sync(partial / MANIFEST_FILE)
             save_record(record, partial)
             self._stopped()
             remove_directory(complete)  # of an earlier move to this epoch, which was given up
             partial.rename(complete)
-            sync_directory(complete.parent)
+            sync(complete.parent)
             for journal in complete.glob(f"*{JOURNAL_SUFFIX}"):
                 journal.unlink()
         except OSError as e:
@@ -152,7 +153,8 @@ class Fetcher:
     def _check_room(self, partial: Path, new: Sequence[ShardFile], held_bytes: int) -> None:
         """Refuse what would fill the disk or the memory that the sidecar serves from; raises `PlanError`."""
         begun = {path.name for path in partial.iterdir()}  # their room is reserved
-        needed, free = sum(shard.bytes for shard in new if shard.file not in begun), shutil.disk_usage(partial).free
+        needed = sum(shard.bytes for shard in new if shard.file + JOURNAL_SUFFIX not in begun)
+        free = shutil.disk_usage(partial).free
         if needed > free:
             raise PlanError(
                 f"{partial.parent}: no room: found {free} bytes free; plan epoch {self._order.new.epoch} takes {needed}"
@@ -201,11 +203,13 @@ class Fetcher:
         """An own shard stays: a second name for its file, or a copy where that cannot be."""
         assert self._order.own is not None
         source, target = self._order.own.shards / same.file, partial / shard.file
-        target.unlink(missing_ok=True)
+        for left in (partial / (shard.file + JOURNAL_SUFFIX), target):
+            left.unlink(missing_ok=True)
         try:
             os.link(source, target)
         except OSError:  # another file system, or one without links
             shutil.copyfile(source, target)
+            sync(target)
         self.progress.done_bytes += shard.bytes
         return shard.model_copy(update={"crc32c": same.crc32c})
 

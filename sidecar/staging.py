@@ -33,6 +33,10 @@ class StagedShard:
         self.path = directory / shard.file
         self._header = shard.header()
         self._width = shard.row_format.row_bytes(shard.dim)
+        self._journal_path = directory / (shard.file + JOURNAL_SUFFIX)
+        if not self._journal_path.exists():
+            # It may be a second name of a shard that is served (an earlier try found it to be the same): never written to.
+            self.path.unlink(missing_ok=True)
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         size = len(self._header) + shard.bytes
         try:
@@ -43,8 +47,7 @@ class StagedShard:
             if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise PlanError(f"{self.path}: no room for {size} bytes: {e.strerror}") from e
             raise
-        os.pwrite(self._file, self._header, 0)
-        self._journal_path = directory / (shard.file + JOURNAL_SUFFIX)
+        self._write(self._header, 0)
         self._present = self._read_journal()
         self._journal = self._journal_path.open("a", encoding="utf-8")
 
@@ -67,7 +70,7 @@ class StagedShard:
         if not whole:
             others = self._read(first_row, len(rows))
             put_columns(others, rows, self.shard.row_format, columns[0] - self.shard.first_column)
-        os.pwrite(self._file, (rows if whole else others).tobytes(), self._offset(first_row))
+        self._write((rows if whole else others).tobytes(), self._offset(first_row))
         block = (first_row, first_row + len(rows))
         self._journal.write(json.dumps([*block, *columns, checksum]) + "\n")
         self._journal.flush()
@@ -94,6 +97,10 @@ class StagedShard:
 
     def _offset(self, row: int) -> int:
         return len(self._header) + (row - self.shard.first_row) * self._width
+
+    def _write(self, data: bytes, offset: int) -> None:
+        if os.pwrite(self._file, data, offset) != len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _read(self, row: int, count: int) -> NDArray[np.uint8]:
         data = os.pread(self._file, count * self._width, self._offset(row))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from sidepool.wire.config import dump_yaml
+from sidepool.wire.durable import replace_text
 from sidepool.wire.errors import PlanError
 from sidepool.wire.plan import Plan, load_plan
 
@@ -82,7 +83,7 @@ class FilePlanSource:
                     return
                 if present.fingerprint != expected.fingerprint:
                     raise PlanError(f"{self.path}: epoch: found {present.epoch}, another plan; allowed: {expected.epoch}")
-                _write(path, dump_yaml(new))
+                replace_text(path, dump_yaml(new))
         except OSError as e:
             raise PlanError(f"{self.path}: cannot be replaced: {e}") from e
 
@@ -95,30 +96,6 @@ class FilePlanSource:
         except OSError:
             return (0,)
         return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
-
-
-def _write(path: Path, text: str) -> None:
-    """Readers find the old content or all of the new, also after a power cut."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            os.fchmod(file.fileno(), path.stat().st_mode & 0o777)
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    sync_directory(path.parent)
-
-
-def sync_directory(directory: Path) -> None:
-    """Have names that were made or changed in `directory` survive a power cut."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

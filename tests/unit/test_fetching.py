@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -133,6 +134,20 @@ def test_shards_that_stay_are_not_copied(tmp_path: Path) -> None:
     assert len(same) == len(TABLES)
     assert all((shards / file).stat().st_nlink == 2 for file in same)
     assert all((shards / f.file).stat().st_nlink == 1 for f in load_manifest(shards).shards if f.file not in same)
+
+
+def test_a_file_that_is_served_is_never_written_to_through_its_second_name(tmp_path: Path) -> None:
+    published = serve(tmp_path, plan_of(1, {10}, set()))
+    shard = published.files["fp32"][0]
+    served, partial = published.shards / shard.file, tmp_path / "partial"
+    partial.mkdir()
+    os.link(served, partial / shard.file)  # what a move leaves that began when the shard was the same
+    content = served.read_bytes()
+    staged = staging.StagedShard(partial, shard)
+    staged.write(0, (0, DIM), np.full((1, DIM * 4), 255, np.uint8), 0)
+    staged.close()
+    assert served.read_bytes() == content
+    assert (partial / shard.file).read_bytes() != content
 
 
 def test_what_another_move_left_is_removed(tmp_path: Path) -> None:
