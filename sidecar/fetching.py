@@ -44,7 +44,7 @@ from sidepool.wire.plan import Plan
 from sidepool.wire.shards import MANIFEST_FILE, ShardFile, ShardManifest, save_manifest
 
 # One call streams at most this much, so that it can have a deadline: a peer that hangs is left, and little is asked for again.
-CALL_BYTES = 64 * CHUNK_BYTES
+CALL_BYTES = 256 * CHUNK_BYTES
 # Beyond what its bytes take at the agreed rate: connecting, and a machine under full load.
 CALL_MARGIN_S = 15.0
 # Pauses between tries double from the first to the last: ten tries in about half a minute, which a sidecar's restart fits in.
@@ -303,7 +303,7 @@ class Fetcher:
                 count, odd = divmod(len(chunk.rows), width)
                 if chunk.first_row != at or odd or not 0 < count <= gap.rows[1] - at or crc32c(chunk.rows) != chunk.crc32c:
                     raise ShardCorrupt(f"{peer}: {gap}: rows from {at} on came with another CRC-32C than it says")
-                digest = crc32c(chunk.rows, digest)
+                digest = crc32c(chunk.crc32c.to_bytes(4, "little"), digest)
                 self._take(staged, gap, at, np.frombuffer(chunk.rows, np.uint8).reshape(count, width), chunk.crc32c)
                 at += count
         except grpc.RpcError as e:

@@ -130,23 +130,24 @@ def _choose_lookahead(tables: _native.TableSet, plan: Plan, config: SidecarConfi
     logs.info("lookahead", rows_ahead_by_row_bytes=rows, seconds=round(time.monotonic() - began, 3))
 
 
-def promote(tables: _native.TableSet) -> None:
-    """Copy `tables` into huge pages on a background thread; lookups use each copy as soon as it is complete."""
-
-    def copy() -> None:
-        began = time.monotonic()
-        try:
-            copied = tables.promote()
-        except (MemoryError, _native.NativeError) as e:
-            logs.log(logging.WARNING, "tables stay mapped: no memory for huge pages", reason=str(e))
-        else:
-            logs.info("tables promoted to huge pages", bytes=copied, seconds=round(time.monotonic() - began, 3))
-            if tables.placement_error:
-                reason = os.strerror(tables.placement_error)
-                logs.log(logging.WARNING, "rows lie where the kernel likes: it refused their NUMA nodes", reason=reason)
-
+def promote_meanwhile(tables: _native.TableSet) -> None:
+    """`promote` on a background thread."""
     # A daemon: the process may end in the middle of a copy, which nobody needs any more.
-    threading.Thread(target=copy, name="promote", daemon=True).start()
+    threading.Thread(target=promote, args=(tables,), name="promote", daemon=True).start()
+
+
+def promote(tables: _native.TableSet) -> None:
+    """Copy `tables` into huge pages; lookups use each copy as soon as it is complete."""
+    began = time.monotonic()
+    try:
+        copied = tables.promote()
+    except (MemoryError, _native.NativeError) as e:
+        logs.log(logging.WARNING, "tables stay mapped: no memory for huge pages", reason=str(e))
+        return
+    logs.info("tables promoted to huge pages", bytes=copied, seconds=round(time.monotonic() - began, 3))
+    if tables.placement_error:
+        reason = os.strerror(tables.placement_error)
+        logs.log(logging.WARNING, "rows lie where the kernel likes: it refused their NUMA nodes", reason=reason)
 
 
 def _is_new(source: Source, serving: Sequence[Published]) -> bool:

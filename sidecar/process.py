@@ -16,7 +16,7 @@ from sidepool.sidecar import logs
 from sidepool.sidecar.balancer import Balancer
 from sidepool.sidecar.config import SidecarConfig, is_wildcard, join_endpoint, load_sidecar_config, split_endpoint
 from sidepool.sidecar.control import ControlPlane
-from sidepool.sidecar.loader import Loaded, Loader, LoadFailed, promote
+from sidepool.sidecar.loader import Loaded, Loader, LoadFailed, promote_meanwhile
 from sidepool.sidecar.metrics import MetricsServer
 from sidepool.sidecar.moving import Moved, Mover
 from sidepool.sidecar.numa import place, usable_nodes
@@ -149,6 +149,8 @@ class SidecarProcess:
             # One that was brought here, and the one it has not replaced yet.
             if (gone := self._serving.publish(published, keep_previous=first)) is not None:
                 self._mover.clean(gone)
+            if loaded.config.promote:
+                promote_meanwhile(published.tables)
             self._serve(published, stack)
         if first:
             self._mover.resume()
@@ -161,8 +163,6 @@ class SidecarProcess:
 
     def _serve(self, published: Published, stack: contextlib.ExitStack) -> None:
         """What is published is there for rankers; the first time, also start listening for lanes and say that we are ready."""
-        if self._config.promote:
-            promote(published.tables)
         if not self._listening:
             self._listen(published.plan, stack)
             self._listening = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Iterator
 
@@ -47,11 +48,11 @@ class Sender:
         if not context.add_callback(self._free.release):  # over already
             self._free.release()
             return
-        logs.info("sending rows", part=str(part), peer=context.peer())
+        logs.log(logging.DEBUG, "sending rows", part=str(part), peer=context.peer())
         digest = 0
         for row, block in read_part(published, shard, part):
             self._pacer.wait(block.nbytes, rate)
-            data = block.tobytes()
-            digest = crc32c(data, digest)
-            yield FetchChunk(first_row=row, rows=data, crc32c=crc32c(data))
+            checksum = crc32c(block)
+            digest = crc32c(checksum.to_bytes(4, "little"), digest)
+            yield FetchChunk(first_row=row, rows=block.tobytes(), crc32c=checksum)
         yield FetchChunk(first_row=rows[1], crc32c=digest, shard_crc32c=shard.crc32c, last=True)

@@ -70,7 +70,7 @@ class StagedShard:
         if not whole:
             others = self._read(first_row, len(rows))
             put_columns(others, rows, self.shard.row_format, columns[0] - self.shard.first_column)
-        self._write((rows if whole else others).tobytes(), self._offset(first_row))
+        self._write(np.ascontiguousarray(rows if whole else others).data, self._offset(first_row))
         block = (first_row, first_row + len(rows))
         self._journal.write(json.dumps([*block, *columns, checksum]) + "\n")
         self._journal.flush()
@@ -98,8 +98,8 @@ class StagedShard:
     def _offset(self, row: int) -> int:
         return len(self._header) + (row - self.shard.first_row) * self._width
 
-    def _write(self, data: bytes, offset: int) -> None:
-        if os.pwrite(self._file, data, offset) != len(data):
+    def _write(self, data: bytes | memoryview, offset: int) -> None:
+        if os.pwrite(self._file, data, offset) != memoryview(data).nbytes:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _read(self, row: int, count: int) -> NDArray[np.uint8]:

@@ -16,9 +16,9 @@ from sidepool.wire.shard_reader import locate
 from sidepool.wire.shards import ShardFile
 from sidepool.wire.stored_rows import take_columns
 
-# Bytes of rows that are read, sent, checked and written at a time: small beside what lookups read in the same time, so that
-# neither end holds them up, and large enough that a message's own cost (0.1 ms) is little.
-CHUNK_BYTES = 1 << 20
+# Bytes of rows that are read, sent, checked and written at a time: half a millisecond's work at either end, so that a lookup which
+# finds its core taken does not wait longer, and large enough that a message's own cost (0.1 ms) is the smaller part.
+CHUNK_BYTES = 256 << 10
 
 
 @dataclass(frozen=True)

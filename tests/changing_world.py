@@ -90,7 +90,7 @@ class Deployment:
 def deployed(directory: Path, **settings: object) -> Iterator[Deployment]:
     """Two sidecars that serve; ended, with every other that a test starts, when the block ends."""
     ports = free_ports(3)
-    listen = {"previous_epoch_s": 4.0, **settings}
+    listen = {"previous_epoch_s": 4.0, "log_level": "debug", **settings}
     world = write_world(directory, ports=(ports[0], ports[1]), settings=listen, more=(LARGE,))
     addresses = {name: f"127.0.0.1:{port}" for name, port in zip(NAMES, ports, strict=True)}
     deployment = Deployment(world, addresses)
