@@ -17,7 +17,7 @@ from sidepool.sidecar.epochs import Source, sources
 from sidepool.sidecar.numa import place, usable_nodes
 from sidepool.sidecar.serving import Published
 from sidepool.sidecar.shards import LoadCancelled, load_tables
-from sidepool.wire.errors import ConfigError, PlanError
+from sidepool.wire.errors import ConfigError, PlanError, SidepoolError
 from sidepool.wire.plan import Plan
 
 # A progress line for every tenth of the bytes: ten lines whatever the number of tables.
@@ -83,7 +83,16 @@ def load(
     found = [source for source in sources(config) if _is_new(source, serving)]
     if found:
         planned(found[-1].plan)
-    return tuple(load_source(config, s.plan, s.shards, verify=config.verify, cancelled=cancelled) for s in found)
+    loaded: list[Published] = []
+    for source in found:
+        try:
+            loaded.append(load_source(config, source.plan, source.shards, verify=config.verify, cancelled=cancelled))
+        except SidepoolError as e:
+            # Nobody asks for a plan that was brought and is not in place yet; it will be brought again.
+            if source.record is None or source.record.state != "prepared" or not loaded:
+                raise
+            logs.error("what was brought here cannot be loaded", plan_epoch=source.plan.epoch, code=e.code, reason=str(e))
+    return tuple(loaded)
 
 
 def load_source(

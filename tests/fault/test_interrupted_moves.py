@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import time
@@ -135,7 +136,12 @@ def test_sidecars_that_are_killed_between_two_plans_come_back_with_both(deployme
         deployment.running[name].wait_for("prepared")
     for name in SIDECARS:
         deployment.kill(name)
-        deployment.start(name)
+        if name == "right":
+            with next((deployment.directory / "right/shards.epoch-4").glob("*.safetensors")).open("r+b") as file:
+                file.seek(-1, os.SEEK_END)
+                file.write(b"?")
+        started = deployment.start(name)
+        assert ("what was brought here cannot be loaded" in "".join(started.stderr)) == (name == "right")
     assert_served(deployment, 3)
     assert deployment.apply("apply", plan).returncode == 0
     assert_served(deployment, 4)
