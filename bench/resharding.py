@@ -25,11 +25,11 @@ from sidepool.wire.model import PLAN_FILE
 from sidepool.wire.plan import Plan
 from sidepool.wire.plan_source import FilePlanSource
 
-# Each sidecar gets 256 MB, which takes about eight seconds at the default rate.
-TABLES, ROWS, DIM = 8, 250_000, 64
-BATCH, IDS_PER_BAG = 64, 10
+# DLRM-RMC1 of `sidepool.bench.plan`, with rows for 256 MB per sidecar, which take about eight seconds at the default rate.
+TABLES, ROWS, DIM = 10, 400_000, 32
+BATCH, IDS_PER_BAG = 64, 80
 # Two callers with pauses: sidecars and callers together keep half of two cores busy, as a deployment with reserves is.
-CALLERS, PERIOD_S = 2, 0.004
+CALLERS, PERIOD_S = 2, 0.008
 ROUNDS = 5
 QUIET_S = 8.0
 # The old plan leaves soon, so that rounds can follow one another.

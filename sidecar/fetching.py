@@ -52,6 +52,8 @@ FIRST_PAUSE_S, LAST_PAUSE_S = 0.1, 5.0
 TRIES = 10
 # A peer that sends wrong bytes, or says that it does not have them, is asked this often (others that hold them included).
 TRIES_WITHOUT_HOPE = 3
+# How soon a wait notices that it shall end.
+LOOK_S = 0.1
 
 
 class MoveStopped(Exception):
@@ -112,6 +114,12 @@ class Fetcher:
         call = self._call
         if call is not None:
             call.cancel()
+
+    def wait_for(self, thread: threading.Thread) -> None:
+        """Wait for what has to be done beside; raises `MoveStopped` when told to stop, and leaves it alone then."""
+        while thread.is_alive():
+            thread.join(LOOK_S)
+            self._stopped()
 
     def run(self, record: MoveRecord) -> Path:
         """Bring everything; returns the complete directory, `record` and manifest in it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -139,15 +140,22 @@ def _choose_lookahead(tables: _native.TableSet, plan: Plan, config: SidecarConfi
     logs.info("lookahead", rows_ahead_by_row_bytes=rows, seconds=round(time.monotonic() - began, 3))
 
 
-def promote_meanwhile(tables: _native.TableSet) -> None:
-    """`promote` on a background thread."""
+def promote(tables: _native.TableSet, *, idly: bool = False) -> threading.Thread:
+    """Copy `tables` into huge pages on a background thread; lookups use each copy as soon as it is complete.
+
+    idly: only while the processor has nothing else to do, for copies that lookups do not wait for.
+    """
     # A daemon: the process may end in the middle of a copy, which nobody needs any more.
-    threading.Thread(target=promote, args=(tables,), name="promote", daemon=True).start()
+    thread = threading.Thread(target=_promote, args=(tables, idly), name="promote", daemon=True)
+    thread.start()
+    return thread
 
 
-def promote(tables: _native.TableSet) -> None:
-    """Copy `tables` into huge pages; lookups use each copy as soon as it is complete."""
+def _promote(tables: _native.TableSet, idly: bool) -> None:
     began = time.monotonic()
+    if idly:
+        with contextlib.suppress(OSError):  # a container may not be allowed to; then it is a copy like any other
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))  # of this thread alone
     try:
         copied = tables.promote()
     except (MemoryError, _native.NativeError) as e:

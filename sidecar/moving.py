@@ -150,7 +150,7 @@ class Mover:
             # Every row was checked on its way and summed where it lies; reading all of them again would slow lookups.
             published = load_source(config, move.plan, directory, verify=False)
             if config.promote:  # before the first lookup, which would otherwise pay for mapped pages
-                promote(published.tables)
+                move.fetcher.wait_for(promote(published.tables, idly=True))
         except MoveStopped:
             return
         except Exception as e:  # a thread has no caller: whoever asks for progress is told

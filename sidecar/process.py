@@ -16,7 +16,7 @@ from sidepool.sidecar import logs
 from sidepool.sidecar.balancer import Balancer
 from sidepool.sidecar.config import SidecarConfig, is_wildcard, join_endpoint, load_sidecar_config, split_endpoint
 from sidepool.sidecar.control import ControlPlane
-from sidepool.sidecar.loader import Loaded, Loader, LoadFailed, promote_meanwhile
+from sidepool.sidecar.loader import Loaded, Loader, LoadFailed, promote
 from sidepool.sidecar.metrics import MetricsServer
 from sidepool.sidecar.moving import Moved, Mover
 from sidepool.sidecar.numa import place, usable_nodes
@@ -150,7 +150,7 @@ class SidecarProcess:
             if (gone := self._serving.publish(published, keep_previous=first)) is not None:
                 self._mover.clean(gone)
             if loaded.config.promote:
-                promote_meanwhile(published.tables)
+                promote(published.tables)
             self._serve(published, stack)
         if first:
             self._mover.resume()
