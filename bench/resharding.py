@@ -25,8 +25,8 @@ from sidepool.wire.model import PLAN_FILE
 from sidepool.wire.plan import Plan
 from sidepool.wire.plan_source import FilePlanSource
 
-# DLRM-RMC1 of `sidepool.bench.plan`, with rows for 256 MB per sidecar, which take about eight seconds at the default rate.
-TABLES, ROWS, DIM = 10, 400_000, 32
+# DLRM-RMC1 of `sidepool.bench.plan`, with rows for 96 MB per sidecar: on two cores, twelve seconds at the default rate.
+TABLES, ROWS, DIM = 10, 150_000, 32
 BATCH, IDS_PER_BAG = 64, 80
 # Two callers with pauses: sidecars and callers together keep half of two cores busy, as a deployment with reserves is.
 CALLERS, PERIOD_S = 2, 0.008

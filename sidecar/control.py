@@ -54,7 +54,7 @@ class ControlServicer(control_pb2_grpc.SidecarServicer):
         self._config = config
         self._serving = serving
         self._mover = mover
-        self._sender = Sender(serving, config.move_bytes_per_s)
+        self._sender = Sender(serving, config.move_rate)
         self.lane_addresses: dict[str, str] = {}
         """Address of each lane that is on, by kind; set once before the sidecar opens."""
 

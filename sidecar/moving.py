@@ -129,7 +129,7 @@ class Mover:
             present=present,
             base=Path(config.shards),
             own=own,
-            bytes_per_s=bytes_per_s or config.move_bytes_per_s,
+            bytes_per_s=bytes_per_s or config.move_rate,
             promote=config.promote,
             tls=_client_tls(config),
         )
