@@ -25,13 +25,13 @@ from sidepool.wire.model import PLAN_FILE
 from sidepool.wire.plan import Plan
 from sidepool.wire.plan_source import FilePlanSource
 
-# DLRM-RMC1 of `sidepool.bench.plan`, with rows for 96 MB per sidecar: on two cores, twelve seconds at the default rate.
-TABLES, ROWS, DIM = 10, 150_000, 32
+# DLRM-RMC1 of `sidepool.bench.plan`, with rows for 192 MB per sidecar: on two cores, 24 seconds at the default rate.
+TABLES, ROWS, DIM = 10, 300_000, 32
 BATCH, IDS_PER_BAG = 64, 80
 # Two callers with pauses: sidecars and callers together keep half of two cores busy, as a deployment with reserves is.
 CALLERS, PERIOD_S = 2, 0.008
-ROUNDS = 5
-QUIET_S = 8.0
+ROUNDS = 3
+QUIET_S = 20.0
 # The old plan leaves soon, so that rounds can follow one another.
 PREVIOUS_EPOCH_S = 3.0
 PATIENT_MS = 60_000.0

@@ -97,9 +97,18 @@ def load(
 
 
 def load_source(
-    config: SidecarConfig, plan: Plan, shards: Path, *, verify: bool, cancelled: Callable[[], bool] = lambda: False
+    config: SidecarConfig,
+    plan: Plan,
+    shards: Path,
+    *,
+    verify: bool,
+    cancelled: Callable[[], bool] = lambda: False,
+    beside: Published | None = None,
 ) -> Published:
-    """Load one plan's shards; raises as `load`."""
+    """Load one plan's shards; raises as `load`.
+
+    beside: what is served meanwhile; what was measured for it is not measured again, at the cost of its lookups.
+    """
     began, logged = time.monotonic(), 0
 
     def progress(done: int, total: int) -> None:
@@ -114,7 +123,7 @@ def load_source(
 
     tables = load_tables(plan, config.name, shards, verify=verify, progress=progress, cancelled=cancelled)
     place_copies(tables, config)
-    _choose_lookahead(tables, plan, config)
+    _choose_lookahead(tables, plan, config, beside)
     seconds = round(time.monotonic() - began, 3)
     logs.info("shards loaded", plan_epoch=plan.epoch, bytes=tables.bytes, verified=verify, seconds=seconds)
     return Published(plan, tables, shards)
@@ -131,13 +140,24 @@ def place_copies(tables: _native.TableSet, config: SidecarConfig) -> None:
             raise ConfigError(f"memory.huge_pages: {e.args[1]}") from e
 
 
-def _choose_lookahead(tables: _native.TableSet, plan: Plan, config: SidecarConfig) -> None:
+def _choose_lookahead(tables: _native.TableSet, plan: Plan, config: SidecarConfig, beside: Published | None) -> None:
     wanted = config.pool.lookahead_bytes
+    ahead_bytes = 0
+    if wanted != "auto":
+        ahead_bytes = wanted
+    elif beside is not None:
+        known = _rows_ahead(beside.tables, beside.plan, config.name)
+        ahead_bytes = max((row_bytes * rows for row_bytes, rows in known.items()), default=0)
     began = time.monotonic()
-    tables.choose_lookahead(0 if wanted == "auto" else wanted)
-    held = [(plan.tables[t], s, plan.first_shard[t] + s.number) for t, s in plan.held_by(plan.sidecar_index[config.name])]
-    rows = {table.row_format.row_bytes(s.column_count): tables.rows_ahead(at) for table, s, at in held if tables.rows_ahead(at) > 0}
+    tables.choose_lookahead(ahead_bytes)
+    rows = _rows_ahead(tables, plan, config.name)
     logs.info("lookahead", rows_ahead_by_row_bytes=rows, seconds=round(time.monotonic() - began, 3))
+
+
+def _rows_ahead(tables: _native.TableSet, plan: Plan, name: str) -> dict[int, int]:
+    """What was chosen, by bytes of a row."""
+    held = [(plan.tables[t], s, plan.first_shard[t] + s.number) for t, s in plan.held_by(plan.sidecar_index[name])]
+    return {table.row_format.row_bytes(s.column_count): tables.rows_ahead(at) for table, s, at in held if tables.rows_ahead(at) > 0}
 
 
 def promote(tables: _native.TableSet, *, idly: bool = False) -> threading.Thread:

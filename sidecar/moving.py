@@ -148,7 +148,7 @@ class Mover:
             directory = move.fetcher.run(record)
             move.phase = "loading"
             # Every row was checked on its way and summed where it lies; reading all of them again would slow lookups.
-            published = load_source(config, move.plan, directory, verify=False)
+            published = load_source(config, move.plan, directory, verify=False, beside=self._serving.published)
             if config.promote:  # before the first lookup, which would otherwise pay for mapped pages
                 move.fetcher.wait_for(promote(published.tables, idly=True))
         except MoveStopped:
