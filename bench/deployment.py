@@ -26,6 +26,7 @@ DISAGGREGATED, MONOLITHIC = "dlrm", "dlrm_monolithic"
 class Deployment:
     """What runs inside a `deployed` block."""
 
+    directory: Path
     server: TritonServer
     report: PartitionReport
     sidecars: list[Sidecar]
@@ -68,7 +69,7 @@ def deployed(
         started = stack.enter_context(running_sidecars(configs, work_dir=logs))
         step("starting Triton")
         server = stack.enter_context(TritonServer(repository, work_dir=work_dir, log=logs / "triton.log"))
-        yield Deployment(server, report, started)
+        yield Deployment(directory, server, report, started)
 
 
 def dense_threads() -> int:

@@ -2,7 +2,8 @@
 
 network: response bytes per lookup with pooling at the sidecars and at the ranker, over tables whose rows are cut over all
 sidecars, counted on the lanes. strategies: expected p99 of the four strategies on a model whose tables are used very unevenly,
-and how long planning takes. failover: a replica is killed, or stalls, under load: the slowest request.
+and how long planning takes. failover: a replica is killed, or stalls, under load: the slowest request. resharding: p99 of lookups
+while shards move, and without.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import numpy as np
 from sidepool.bench import machine
 from sidepool.bench.ids import calibrated
 from sidepool.bench.processes import running_sidecars
+from sidepool.bench.resharding import resharding
 from sidepool.bench.shard_files import make_plan, write_sidecars
 from sidepool.client import EmbeddingClient
 from sidepool.client.lanes import PoolingPlace
@@ -59,6 +61,8 @@ ROW_S = (8 + (4 + 256) / IDS_PER_BAG) / 25e9
 # Failover: what callers give, and what is promised on top of it.
 DEADLINE_MS, GRACE_MS = 200.0, 10.0
 LOAD_THREADS, LOAD_S = 2, 4.0
+# What a change of plans may add to the p99 of lookups.
+MOST_SLOWER = 0.25
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,9 +85,13 @@ def run(args: argparse.Namespace) -> int:
     for how in ("killed", "stalled"):
         results["failover"].append(failover(how, args.work_dir))
         print(json.dumps(results["failover"][-1]), flush=True)
+    results["resharding"] = resharding(args.work_dir)
+    print(json.dumps(results["resharding"]), flush=True)
     kept = {
         "optimal": results["strategies"]["optimal"] <= 0.8 * min(results["strategies"][s] for s in STATIC),
         "planning": results["planning"]["seconds"] <= 60,
+        "resharding": results["resharding"]["slower"] <= MOST_SLOWER
+        and results["resharding"]["failed"] == results["resharding"]["wrong"] == 0,
         "failover": all(f["slowest_ms"] <= DEADLINE_MS + GRACE_MS and f["failed"] == 0 for f in results["failover"]),
     }
     print(json.dumps({"kept": kept}))

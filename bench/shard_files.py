@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -35,8 +35,13 @@ def make_plan(tables: int, rows: int, dim: int, sidecars: int) -> Plan:
     )
 
 
-def write_sidecars(plan: Plan, directory: Path, rows_of: Callable[[int], NDArray[np.float32]]) -> list[Path]:
-    """Write `plan.yaml` and every sidecar's files into `directory`; returns the configurations. `rows_of(i)` makes table i."""
+def write_sidecars(
+    plan: Plan, directory: Path, rows_of: Callable[[int], NDArray[np.float32]], more: Mapping[str, object] | None = None
+) -> list[Path]:
+    """Write `plan.yaml` and every sidecar's files into `directory`; returns the configurations. `rows_of(i)` makes table i.
+
+    more: settings of every sidecar.
+    """
     save_plan(plan, directory / "plan.yaml")
     configs = []
     for sidecar in plan.sidecars:
@@ -46,7 +51,13 @@ def write_sidecars(plan: Plan, directory: Path, rows_of: Callable[[int], NDArray
         files = tuple(_write_shard(plan.tables[i], shard, rows_of(i), shards) for i, shard in held)
         save_manifest(ShardManifest(sidecar=sidecar.name, plan_fingerprint=plan.fingerprint, shards=files), shards)
         configs.append(shards.parent / "sidecar.yaml")
-        settings = {"name": sidecar.name, "plan": "../plan.yaml", "shards": "shards", "listen": {"grpc": sidecar.address}}
+        settings = {
+            "name": sidecar.name,
+            "plan": "../plan.yaml",
+            "shards": "shards",
+            "listen": {"grpc": sidecar.address},
+            **(more or {}),
+        }
         configs[-1].write_text(yaml.safe_dump(settings), encoding="utf-8")
     return configs
 

@@ -12,6 +12,7 @@ from typing import Any, Self, TypeVar
 
 from sidepool.client.embedding import EmbeddingClient, PartsResult, Pooled
 from sidepool.wire.plan import Plan
+from sidepool.wire.plan_source import PlanSource
 
 # Lookups under way at once; a thread that waits in the native core costs nothing but its stack.
 DEFAULT_THREADS = 16
@@ -26,7 +27,7 @@ class AsyncEmbeddingClient:
     """
 
     @classmethod
-    async def connect(cls, plan: Plan | Path | str, *, threads: int = DEFAULT_THREADS, **options: Any) -> Self:
+    async def connect(cls, plan: Plan | Path | str | PlanSource, *, threads: int = DEFAULT_THREADS, **options: Any) -> Self:
         """As `EmbeddingClient.connect`, whose `options` these are; at most `threads` lookups run at once, more wait."""
         client = await asyncio.to_thread(partial(EmbeddingClient.connect, plan, **options))
         return cls(client, threads)

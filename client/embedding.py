@@ -17,12 +17,14 @@ from numpy.typing import NDArray
 from sidepool import _native
 from sidepool.client import arguments
 from sidepool.client.arguments import Part
-from sidepool.client.lanes import Lane, LaneOptions, Lanes, PoolingPlace, TlsFiles
+from sidepool.client.connection import Connection, Connections
+from sidepool.client.lanes import Lane, LaneOptions, PoolingPlace, TlsFiles
 from sidepool.client.timings import Timings, read_timings
 from sidepool.client.trace import parse_traceparent
-from sidepool.wire.errors import LookupRejected, SidepoolError, Status, error_for
+from sidepool.wire.errors import SidepoolError, Status, error_for
 from sidepool.wire.model import OutputDtype
-from sidepool.wire.plan import OnMissingShard, Plan, Pooling, load_plan, validate_plan
+from sidepool.wire.plan import Plan, Pooling, validate_plan
+from sidepool.wire.plan_source import FilePlanSource, PlanSource
 from sidepool.wire.rdma import RdmaPath
 
 # Long enough for any healthy lookup (tens of milliseconds), short enough that a caller who gave no budget is not stuck.
@@ -71,6 +73,8 @@ class PartsResult:
     degraded: tuple[str, ...]
     raw_timings: NDArray[np.int64] = field(repr=False)
     """`[1 + sidecars, 6]`, see `sidepool._native.LookupClient.lookup`."""
+    sidecars: tuple[str, ...] = field(repr=False)
+    """Their names, in the order of the plan that the lookup was under (one, `local`, on the local lane)."""
 
     @property
     def timings(self) -> Timings:
@@ -93,7 +97,7 @@ class EmbeddingClient:
     @classmethod
     def connect(
         cls,
-        plan: Plan | Path | str,
+        plan: Plan | Path | str | PlanSource,
         *,
         lane: Lane = "auto",
         spin_us: int = DEFAULT_SPIN_US,
@@ -111,6 +115,9 @@ class EmbeddingClient:
     ) -> Self:
         """Connect to every sidecar of `plan` (or map its shards, with `lane="local"`).
 
+        plan: a `Plan` stays what it is. A plan file, or another `PlanSource` (which the client then owns), is followed: when it
+          changes, new lookups use the new plan as soon as all its sidecars are ready, while those under way end under the old
+          one. Not on the local lane.
         lane: `shm` (same host), `tcp`, `rdma` (RoCE, InfiniBand), `grpc` (any network), `local` (the tables in this process,
           from `shards_dir`), or `auto`: shm to sidecars of this host, tcp to the others.
         spin_us: microseconds a waiting lookup spins before it sleeps.
@@ -125,10 +132,12 @@ class EmbeddingClient:
 
         Raises `TransportError` (a sidecar is down, named), `PlanError` (it serves another plan), `ShardCorrupt`, `ConfigError`.
         """
+        source = None
         if isinstance(plan, Plan):
             validate_plan(plan)
         else:
-            plan = load_plan(Path(plan))
+            source = FilePlanSource(Path(plan)) if isinstance(plan, str | Path) else plan
+            plan = source.read()
         directories = (
             [] if shards_dir is None else [Path(shards_dir)] if isinstance(shards_dir, str | Path) else map(Path, shards_dir)
         )
@@ -145,47 +154,26 @@ class EmbeddingClient:
             pooling=pooling,
             hedge_budget=hedge_budget,
         )
-        return cls(plan, options, spin_us=spin_us, fixed_columns=fixed_columns)
+        return cls(plan, options, spin_us=spin_us, fixed_columns=fixed_columns, source=None if lane == "local" else source)
 
     def __init__(
-        self, plan: Plan, options: LaneOptions, *, spin_us: int, fixed_columns: Sequence[tuple[int, int]] | None = None
+        self,
+        plan: Plan,
+        options: LaneOptions,
+        *,
+        spin_us: int,
+        fixed_columns: Sequence[tuple[int, int]] | None = None,
+        source: PlanSource | None = None,
     ) -> None:
-        self.plan = plan
-        self._degrades = plan.on_missing_shard is OnMissingShard.DEGRADE
-        self._sequence_features = [i for i, f in enumerate(plan.features) if f.pooling is Pooling.NONE]
-        self._peers = options.peers(plan)
-        self._native = _native.LookupClient(
-            epoch=plan.epoch,
-            sidecars=len(self._peers),
-            spin_us=spin_us,
-            degrade=self._degrades,
-            # An id that is nothing but padding lies behind the last row.
-            rows=np.array(
-                [t.rows + (f.padding_index == t.rows) for f, t in zip(plan.features, plan.feature_tables, strict=True)], np.int64
-            ),
-            dims=np.array([t.dim for t in plan.feature_tables], np.int32),
-            poolings=[str(f.pooling) for f in plan.features],
-            weighted=[f.weighted for f in plan.features],
-            out_of_range=[str(t.out_of_range) for t in plan.feature_tables],
-            legs=options.legs(plan),
-            default_rows=[t.default_row for t in plan.feature_tables],
-            padding=[-1 if f.padding_index is None else f.padding_index for f in plan.features],
-            ranker_pooling=options.pooling == "ranker",
-            hedge_budget=options.hedge_budget,
-        )
-        self._columns = _columns(plan, fixed_columns)
-        if fixed_columns is not None:
-            begins, ends = np.array(self._columns, np.int32).T
-            self._native.set_fixed_columns(np.ascontiguousarray(begins), np.ascontiguousarray(ends - begins))
+        self._connections = Connections(plan, options, spin_us, fixed_columns, source)
         self._buffers = _Buffers()
-        self._lanes = Lanes(self._native, plan, options)
         # A client that nobody closes: its threads would hold native objects beyond the interpreter's end.
-        weakref.finalize(self, _close_forgotten, self._lanes, os.getpid())
-        try:
-            self._lanes.connect()
-        except BaseException:
-            self.close()
-            raise
+        weakref.finalize(self, _close_forgotten, self._connections, os.getpid())
+
+    @property
+    def plan(self) -> Plan:
+        """The plan that new lookups are under."""
+        return self._connections.current.plan
 
     def lookup(
         self,
@@ -246,37 +234,56 @@ class EmbeddingClient:
 
         Raises `Overloaded`, `DeadlineExceeded`, `TransportError` for the whole, and `LookupRejected` for arrays of wrong type.
         """
-        budget_ns = arguments.deadline_ns(deadline_ms)
-        features = len(self.plan.features)
+        connection = self._connections.enter()
+        try:
+            return self._lookup_parts(
+                connection, parts, out, output_dtype, arguments.deadline_ns(deadline_ms), priority, traceparent
+            )
+        finally:
+            connection.under_way.pop()
+
+    def _lookup_parts(
+        self,
+        connection: Connection,
+        parts: Sequence[Part],
+        out: NDArray[Any] | None,
+        output_dtype: OutputDtype | None,
+        budget_ns: int,
+        priority: int,
+        traceparent: str | None,
+    ) -> PartsResult:
+        plan = connection.plan
+        features = len(plan.features)
         try:
             if out is None or output_dtype is not None:
                 batch = sum(p[0].shape[0] if p[1] is None else p[1].size // features for p in parts)
-                out = arguments.output(out, batch, self.plan.out_dim, output_dtype)
-            sequences = self._new_sequences(parts, out.dtype) if self._sequence_features else ()
+                out = arguments.output(out, batch, plan.out_dim, output_dtype)
+            sequences = _new_sequences(connection, parts, out.dtype) if connection.sequence_features else ()
             verdicts = self._verdicts(len(parts))
-            raw_timings = np.empty((1 + len(self._peers), 6), np.int64)
-            status, peer = self._native.lookup(
+            raw_timings = np.empty((1 + len(connection.peers), 6), np.int64)
+            status, peer = connection.native.lookup(
                 parts, out, sequences, budget_ns, priority, parse_traceparent(traceparent), verdicts, raw_timings
             )
         except (TypeError, ValueError, AttributeError, IndexError) as fault:
             raise arguments.explain_parts(parts, features, fault) from fault
         if status:
-            raise error_for(status, self._fault_text(status, peer))
+            raise error_for(status, _fault_text(connection, status, peer))
         errors: Sequence[SidepoolError | None] = [None] * len(parts)
         if verdicts[:, 0].any():
-            errors = [self._verdict_error(verdict) for verdict in verdicts.tolist()]
+            errors = [_verdict_error(connection, verdict) for verdict in verdicts.tolist()]
             sequences = tuple(
-                self._spread(i, rows, parts, errors) for i, rows in zip(self._sequence_features, sequences, strict=True)
+                _spread(connection, i, rows, parts, errors) for i, rows in zip(connection.sequence_features, sequences, strict=True)
             )
-        return PartsResult(out, sequences, errors, self._degraded() if self._degrades else (), raw_timings)
+        degraded = tuple(plan.features[i].name for i in connection.native.degraded()) if connection.degrades else ()
+        return PartsResult(out, sequences, errors, degraded, raw_timings, connection.sidecars)
 
     def stats(self) -> dict[str, Any]:
-        """Counters since `connect`, see docs/metrics.md."""
-        return self._native.stats()
+        """Counters since the lanes of the present plan were connected, see docs/metrics.md."""
+        return self._connections.current.native.stats()
 
     def close(self) -> None:
         """Close every lane and stop reconnecting; lookups that wait fail with `TransportError`. Idempotent."""
-        self._lanes.close()
+        self._connections.close()
 
     def __enter__(self) -> Self:
         return self
@@ -303,8 +310,11 @@ class EmbeddingClient:
         )
         if result.errors[0] is not None:
             raise result.errors[0]
-        names = [self.plan.features[i].name for i in self._sequence_features]
-        return Pooled(result.out, dict(zip(names, result.sequences, strict=True)), result.degraded)
+        sequences: dict[str, NDArray[Any]] = {}
+        if result.sequences:
+            names = [f.name for f in self.plan.features if f.pooling is Pooling.NONE]
+            sequences = dict(zip(names, result.sequences, strict=True))
+        return Pooled(result.out, sequences, result.degraded)
 
     def _verdicts(self, count: int) -> NDArray[np.int64]:
         verdicts = self._buffers.verdicts
@@ -312,73 +322,64 @@ class EmbeddingClient:
             verdicts = self._buffers.verdicts = np.zeros((2 * count, 5), np.int64)
         return verdicts[:count]
 
-    def _new_sequences(self, parts: Sequence[Part], dtype: np.dtype[Any]) -> tuple[NDArray[Any], ...]:
-        """One array per `none` feature, as long as its ids in all parts."""
-        return tuple(
-            np.empty((sum(self._ids_of(i, part) for part in parts), self.plan.feature_tables[i].dim), dtype)
-            for i in self._sequence_features
-        )
 
-    def _ids_of(self, feature: int, part: Part) -> int:
-        """Ids of one feature in a part; for lengths that are wrong, no more than the part has ids."""
-        values, lengths, _ = part
-        if lengths is None:
-            begin, end = self._columns[feature]
-            return values.shape[0] * (end - begin)
-        batch = lengths.size // len(self.plan.features)
-        lengths = lengths[feature * batch : (feature + 1) * batch]
-        return min(int(np.maximum(lengths, 0).sum(dtype=np.int64)), values.size)
-
-    def _spread(
-        self, feature: int, rows: NDArray[Any], parts: Sequence[Part], errors: Sequence[SidepoolError | None]
-    ) -> NDArray[Any]:
-        """`rows` with zeros where refused parts would be: the core leaves these out, callers count on every part's place."""
-        spread = np.zeros_like(rows)
-        read = write = 0
-        for part, error in zip(parts, errors, strict=True):
-            count = self._ids_of(feature, part)
-            if error is None:
-                spread[write : write + count] = rows[read : read + count]
-                read += count
-            write += count
-        return spread
-
-    def _verdict_error(self, verdict: list[int]) -> SidepoolError | None:
-        status, reason, feature, bag, value = verdict
-        if not status:
-            return None
-        features = self.plan.features
-        allowed: object = ""
-        if reason == _ID_OUT_OF_RANGE:
-            allowed = f"0 to {self.plan.feature_tables[feature].rows - 1}"
-        elif reason == _LENGTHS_NOT_BATCHES:
-            allowed = len(features)
-        elif reason == _TOO_FEW_COLUMNS:
-            allowed = max(end for _, end in self._columns)
-        name = features[feature].name if feature >= 0 else ""
-        return error_for(status, _native.reason_text(reason).format(feature=name, bag=bag, value=value, allowed=allowed))
-
-    def _fault_text(self, status: int, peer: int) -> str:
-        what = _FAULTS.get(Status(status), "the lookup failed there") if status in Status.__members__.values() else "unknown status"
-        where = self._peers[peer] if 0 <= peer < len(self._peers) else "lookup"
-        return f"{where}: {what}"
-
-    def _degraded(self) -> tuple[str, ...]:
-        return tuple(self.plan.features[i].name for i in self._native.degraded())
-
-
-def _close_forgotten(lanes: Lanes, owner_pid: int) -> None:
+def _close_forgotten(connections: Connections, owner_pid: int) -> None:
     """Close at the end of the client or of its process; a forked child must leave its parent's lanes alone."""
     if os.getpid() == owner_pid:
-        lanes.close()
+        connections.close()
 
 
-def _columns(plan: Plan, fixed_columns: Sequence[tuple[int, int]] | None) -> list[tuple[int, int]]:
-    if fixed_columns is None:
-        return [(i, i + 1) for i in range(len(plan.features))]
-    columns = list(fixed_columns)
-    if len(columns) != len(plan.features) or any(not 0 <= begin < end for begin, end in columns):
-        raise LookupRejected(
-            f"fixed_columns: found {columns[:8]}; allowed: one (begin, end) with 0 <= begin < end per feature of the plan"
-        )
-    return columns
+def _new_sequences(connection: Connection, parts: Sequence[Part], dtype: np.dtype[Any]) -> tuple[NDArray[Any], ...]:
+    """One array per `none` feature, as long as its ids in all parts."""
+    return tuple(
+        np.empty((sum(_ids_of(connection, i, part) for part in parts), connection.plan.feature_tables[i].dim), dtype)
+        for i in connection.sequence_features
+    )
+
+
+def _ids_of(connection: Connection, feature: int, part: Part) -> int:
+    """Ids of one feature in a part; for lengths that are wrong, no more than the part has ids."""
+    values, lengths, _ = part
+    if lengths is None:
+        begin, end = connection.columns[feature]
+        return values.shape[0] * (end - begin)
+    batch = lengths.size // len(connection.plan.features)
+    lengths = lengths[feature * batch : (feature + 1) * batch]
+    return min(int(np.maximum(lengths, 0).sum(dtype=np.int64)), values.size)
+
+
+def _spread(
+    connection: Connection, feature: int, rows: NDArray[Any], parts: Sequence[Part], errors: Sequence[SidepoolError | None]
+) -> NDArray[Any]:
+    """`rows` with zeros where refused parts would be: the core leaves these out, callers count on every part's place."""
+    spread = np.zeros_like(rows)
+    read = write = 0
+    for part, error in zip(parts, errors, strict=True):
+        count = _ids_of(connection, feature, part)
+        if error is None:
+            spread[write : write + count] = rows[read : read + count]
+            read += count
+        write += count
+    return spread
+
+
+def _verdict_error(connection: Connection, verdict: list[int]) -> SidepoolError | None:
+    status, reason, feature, bag, value = verdict
+    if not status:
+        return None
+    features = connection.plan.features
+    allowed: object = ""
+    if reason == _ID_OUT_OF_RANGE:
+        allowed = f"0 to {connection.plan.feature_tables[feature].rows - 1}"
+    elif reason == _LENGTHS_NOT_BATCHES:
+        allowed = len(features)
+    elif reason == _TOO_FEW_COLUMNS:
+        allowed = max(end for _, end in connection.columns)
+    name = features[feature].name if feature >= 0 else ""
+    return error_for(status, _native.reason_text(reason).format(feature=name, bag=bag, value=value, allowed=allowed))
+
+
+def _fault_text(connection: Connection, status: int, peer: int) -> str:
+    what = _FAULTS.get(Status(status), "the lookup failed there") if status in Status.__members__.values() else "unknown status"
+    where = connection.peers[peer] if 0 <= peer < len(connection.peers) else "lookup"
+    return f"{where}: {what}"

@@ -9,6 +9,7 @@ from typing import Any
 import grpc
 
 from sidepool import _native
+from sidepool.wire.control_channel import CODE_KEY
 from sidepool.wire.control_pb2 import ConnectReply, LookupFrame, LookupFrames
 from sidepool.wire.control_pb2_grpc import SidecarStub
 from sidepool.wire.errors import SidepoolError, Status, TransportError, error_with_code
@@ -21,8 +22,6 @@ MAX_RESPONSE_BYTES = 8 << 20
 MESSAGE_MARGIN_BYTES = 1 << 20
 # How long the pump sleeps in the core at a time; it also ends within this time when the lane is closed.
 TAKE_S = 0.2
-# Trailing metadata in which a sidecar names the stable code of an error.
-CODE_KEY = "sidepool-code"
 # What gRPC says where the other end accepts and hangs up at the first bytes, as one that wants TLS does.
 _HUNG_UP = ("Socket closed", "Connection reset")
 TLS_HINT = " (this client speaks no TLS; the sidecar may want it: tls=, or tls_ca in a ranker's parameters)"

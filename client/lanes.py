@@ -25,7 +25,7 @@ from sidepool.wire.control_pb2_grpc import SidecarStub
 from sidepool.wire.errors import ConfigError, PlanError, SidepoolError, TransportError, error_for
 from sidepool.wire.plan import Plan
 from sidepool.wire.rdma import RdmaPath
-from sidepool.wire.shard_reader import build_table_set
+from sidepool.wire.shard_reader import build_table_set, shard_directories
 from sidepool.wire.shards import MANIFEST_FILE
 
 Lane = Literal["shm", "tcp", "grpc", "rdma", "local", "auto"]
@@ -280,7 +280,7 @@ class Lanes:
 
     def _shard_directories(self) -> list[Path]:
         """Every directory with a manifest, at or below the given ones."""
-        directories = sorted({manifest.parent for given in self._options.shards for manifest in given.rglob(MANIFEST_FILE)})
+        directories = shard_directories(self._plan, self._options.shards)
         count = len(self._plan.sidecars)
         if len(directories) != count:
             given = [str(shards) for shards in self._options.shards]

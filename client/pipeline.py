@@ -38,7 +38,7 @@ class Pipeline:
         dense = DenseGraph(model, directory, device=device)
         if lane == "local":
             connect.setdefault("shards_dir", root)
-        client = EmbeddingClient.connect(plan, lane=lane, fixed_columns=router.fixed_columns, **connect)
+        client = EmbeddingClient.connect(directory / PLAN_FILE, lane=lane, fixed_columns=router.fixed_columns, **connect)
         return cls(model, router, client, dense)
 
     def __init__(self, model: ModelSpec, router: FeatureRouter, client: EmbeddingClient, dense: DenseGraph) -> None:

@@ -23,6 +23,7 @@ from sidepool.partition.report import PartitionReport
 from sidepool.partition.rows import RowError
 from sidepool.partition.shard_writer import write_shard
 from sidepool.partition.triton_config import SHIM, TritonOptions, config_text
+from sidepool.wire.durable import sync
 from sidepool.wire.errors import CutError
 from sidepool.wire.model import MODEL_FILE, PLAN_FILE, save_model
 from sidepool.wire.plan import Plan, SidecarAddress, Table, save_plan
@@ -84,10 +85,10 @@ def replacing(out_dir: Path) -> Iterator[Path]:
             yield staging
             for folder, _, files in os.walk(staging):
                 for path in (*(Path(folder, file) for file in files), Path(folder)):
-                    _sync(path)
+                    sync(path)
             check_out_dir(out_dir)
             os.rename(staging, out_dir)  # replaces an empty directory
-            _sync(out_dir.parent)
+            sync(out_dir.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -103,14 +104,6 @@ def _locked(directory: Path) -> Iterator[bool]:
         except BlockingIOError:
             locked = False
         yield locked
-    finally:
-        os.close(descriptor)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
     finally:
         os.close(descriptor)
 

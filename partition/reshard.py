@@ -16,8 +16,9 @@ from sidepool.partition.shard_writer import write_shard
 from sidepool.wire.errors import CutError, PlanError, ShardCorrupt
 from sidepool.wire.model import PLAN_FILE
 from sidepool.wire.plan import Plan, RowFormat, Table, save_plan
-from sidepool.wire.shard_reader import locate, shard_number, shards_of, verify_checksum
-from sidepool.wire.shards import MANIFEST_FILE, ShardManifest, save_manifest
+from sidepool.wire.shard_reader import locate, shard_directories, shard_number, shards_of, verify_checksum
+from sidepool.wire.shards import ShardManifest, save_manifest
+from sidepool.wire.stored_rows import put_columns
 
 _DTYPES = {RowFormat.FP32: torch.float32, RowFormat.FP16: torch.float16, RowFormat.BF16: torch.bfloat16}
 
@@ -56,12 +57,12 @@ def _set_numa(path: Path, node: int) -> None:
 def _readers(plan: Plan, directory: Path, verify: bool) -> dict[str, Callable[[int, int], Tensor]]:
     """Per table: its rows `[begin, end)` as they are stored, at full width."""
     stored: dict[tuple[int, int], NDArray[np.uint8]] = {}
-    for manifest in sorted(directory.rglob(MANIFEST_FILE)):
-        for file in shards_of(plan, manifest.parent):
+    for shards in shard_directories(plan, [directory]):
+        for file in shards_of(plan, shards):
             key = shard_number(plan, file)
             if key in stored:
                 continue
-            path, offset = locate(manifest.parent, file)
+            path, offset = locate(shards, file)
             if verify:
                 verify_checksum(path, offset, file)
             width = file.row_format.row_bytes(file.dim)
@@ -80,29 +81,14 @@ def _readers(plan: Plan, directory: Path, verify: bool) -> dict[str, Callable[[i
 def _reader(
     table: Table, parts: Sequence[tuple[tuple[int, int], tuple[int, int], NDArray[np.uint8]]]
 ) -> Callable[[int, int], Tensor]:
-    codes_end = table.row_format.row_bytes(table.dim) - _tail(table)
-
     def read(begin: int, end: int) -> Tensor:
         out = np.empty((end - begin, table.row_bytes), np.uint8)
         for (first, last), columns, rows in parts:
             low, high = max(begin, first), min(end, last)
             if low >= high:
                 continue
-            at = _bytes_before(table, columns[0])
-            codes = rows.shape[1] - _tail(table)
-            block = rows[low - first : high - first]
-            out[low - begin : high - begin, at : at + codes] = block[:, :codes]
-            out[low - begin : high - begin, codes_end:] = block[:, codes:]
+            put_columns(out[low - begin : high - begin], rows[low - first : high - first], table.row_format, columns[0])
         stored = torch.from_numpy(out)
         return stored if table.row_format.quantised else stored.view(_DTYPES[table.row_format])
 
     return read
-
-
-def _tail(table: Table) -> int:
-    """Bytes of scale and bias behind the codes of a row."""
-    return {RowFormat.INT8: 8, RowFormat.INT4: 4}.get(table.row_format, 0)
-
-
-def _bytes_before(table: Table, column: int) -> int:
-    return table.row_format.row_bytes(column) - _tail(table) if column else 0

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,8 +17,6 @@ from sidepool.wire.shards import ShardFile
 
 # Bytes of fp32 rows that are read, encoded and written at a time: large enough for a disk, small beside any table.
 CHUNK_BYTES = 16 << 20
-# Where the tensor begins in its file: rows of whole cache lines then lie on cache lines.
-ALIGNMENT = 64
 
 
 def write_shard(
@@ -51,7 +47,7 @@ def write_shard(
     error, checksum = RowError(), 0
     step = max(1, CHUNK_BYTES // (table.dim * 4))
     with (directory / file).open("wb") as out:
-        out.write(_header(shard))
+        out.write(shard.header())
         for at in range(begin, end, step):
             rows = read(at, min(at + step, end))
             stored = rows if rows.dtype is torch.uint8 else encode(rows, table.row_format)
@@ -76,14 +72,6 @@ def cut_columns(stored: Tensor, table: Table, columns: tuple[int, int]) -> Tenso
     codes = -(-table.dim // per_byte)
     cut = stored[:, begin // per_byte : -(-end // per_byte)]
     return torch.cat([cut, stored[:, codes:]], dim=1)
-
-
-def _header(shard: ShardFile) -> bytes:
-    """The front of a safetensors file of one tensor (https://github.com/huggingface/safetensors#format)."""
-    dtype, shape = shard.tensor
-    text = json.dumps({shard.table: {"dtype": dtype, "shape": shape, "data_offsets": [0, shard.bytes]}}).encode()
-    text += b" " * (-(8 + len(text)) % ALIGNMENT)
-    return struct.pack("<Q", len(text)) + text
 
 
 def _check_finite(table: Table, begin: int, stored: Tensor) -> None:

@@ -10,8 +10,9 @@ from sidepool.sidecar import logs
 from sidepool.sidecar.config import load_sidecar_config, schema
 from sidepool.sidecar.control import server_credentials
 from sidepool.sidecar.loader import load
-from sidepool.sidecar.migrate import ClientTls, migrate
+from sidepool.sidecar.migrate import migrate
 from sidepool.sidecar.process import SidecarProcess
+from sidepool.wire.control_channel import ClientTls
 from sidepool.wire.errors import ConfigError
 
 

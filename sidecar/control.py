@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import secrets
+from collections.abc import Iterator
 from concurrent import futures
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2_grpc
@@ -15,11 +18,13 @@ import sidepool
 from sidepool import _native
 from sidepool.sidecar import logs
 from sidepool.sidecar.config import SidecarConfig, Tls, join_endpoint, split_endpoint
-from sidepool.sidecar.grpc_errors import translated
+from sidepool.sidecar.grpc_errors import translated, translated_stream
+from sidepool.sidecar.moving import Mover
+from sidepool.sidecar.sending import Sender
 from sidepool.sidecar.serving import CONTROL_SERVICE, Serving, State
 from sidepool.wire import control_pb2, control_pb2_grpc
 from sidepool.wire.errors import ConfigError, FrameError, Overloaded, PlanError, Status
-from sidepool.wire.plan import Plan
+from sidepool.wire.plan import Plan, unpack_plan
 
 # Control calls are rare and short; what these threads are for is the grpc lane, which is bound by memory, not by threads.
 RPC_THREADS = 8
@@ -45,9 +50,11 @@ STOP_GRACE_S = 0.2
 class ControlServicer(control_pb2_grpc.SidecarServicer):
     """`sidepool.v1.Sidecar`. Called on gRPC's threads."""
 
-    def __init__(self, config: SidecarConfig, serving: Serving) -> None:
+    def __init__(self, config: SidecarConfig, serving: Serving, mover: Mover) -> None:
         self._config = config
         self._serving = serving
+        self._mover = mover
+        self._sender = Sender(serving, config.move_rate)
         self.lane_addresses: dict[str, str] = {}
         """Address of each lane that is on, by kind; set once before the sidecar opens."""
 
@@ -105,7 +112,8 @@ class ControlServicer(control_pb2_grpc.SidecarServicer):
 
     @translated
     def Stats(self, request: control_pb2.StatsRequest, context: grpc.ServicerContext) -> control_pb2.StatsReply:
-        counters = {"name": self._config.name, "state": self._serving.state, "stats": self._serving.server.stats()}
+        counters: dict[str, Any] = {"name": self._config.name, "state": self._serving.state, "stats": self._serving.server.stats()}
+        counters["move"] = asdict(self._mover.counters())
         return control_pb2.StatsReply(json=json.dumps(counters))
 
     @translated
@@ -122,6 +130,28 @@ class ControlServicer(control_pb2_grpc.SidecarServicer):
         self._serving.server.migrate(request.lane, request.engine)
         logs.info("lane moves", lane=request.lane, target=request.engine, peer=context.peer())
         return control_pb2.MigrateReply()
+
+    @translated_stream
+    def Fetch(self, request: control_pb2.FetchRequest, context: grpc.ServicerContext) -> Iterator[control_pb2.FetchChunk]:
+        return self._sender.stream(request, context)
+
+    @translated
+    def Prepare(self, request: control_pb2.PrepareRequest, context: grpc.ServicerContext) -> control_pb2.MoveReply:
+        if not request.bytes_per_s >= 0:
+            raise ConfigError(f"bytes_per_s: found {request.bytes_per_s}; allowed: above 0, or 0 for move_bytes_per_s")
+        plan, present = unpack_plan(request.plan, "plan"), unpack_plan(request.present, "present plan")
+        self._mover.prepare(plan, present, request.bytes_per_s)
+        return self._mover.progress()
+
+    @translated
+    def Progress(self, request: control_pb2.ProgressRequest, context: grpc.ServicerContext) -> control_pb2.MoveReply:
+        return self._mover.progress()
+
+    @translated
+    def Drop(self, request: control_pb2.DropRequest, context: grpc.ServicerContext) -> control_pb2.MoveReply:
+        logs.info("drop asked for", plan=request.plan_fingerprint[:16], at_once=request.at_once, peer=context.peer())
+        self._mover.drop(request.plan_fingerprint, at_once=request.at_once)
+        return self._mover.progress()
 
     @translated
     def Lookup(self, request: control_pb2.LookupFrame, context: grpc.ServicerContext) -> control_pb2.LookupFrames:
@@ -154,9 +184,9 @@ class ControlServicer(control_pb2_grpc.SidecarServicer):
 class ControlPlane:
     """The gRPC server. Created bound and answering; `stop` ends it."""
 
-    def __init__(self, config: SidecarConfig, serving: Serving) -> None:
+    def __init__(self, config: SidecarConfig, serving: Serving, mover: Mover) -> None:
         """Bind `listen.grpc`; raises `ConfigError` when the address is taken or the TLS files are unusable."""
-        self.servicer = ControlServicer(config, serving)
+        self.servicer = ControlServicer(config, serving, mover)
         self._threads = futures.ThreadPoolExecutor(RPC_THREADS, thread_name_prefix="rpc")
         options = [
             # Two processes sharing a port would answer for each other's shards: a taken port must be an error.

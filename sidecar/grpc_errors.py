@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Iterator
+from typing import NoReturn, TypeVar
 
 import grpc
 
 from sidepool._native import NativeError
+from sidepool.wire.control_channel import CODE_KEY
 from sidepool.wire.errors import SidepoolError, error_for
-
-# Trailing metadata of every failed call: the stable code, for clients that match on it rather than on the gRPC status.
-CODE_KEY = "sidepool-code"
 
 _STATUSES = {
     "CONFIG": grpc.StatusCode.FAILED_PRECONDITION,
@@ -45,12 +43,29 @@ def translated(
     def call(servicer: Servicer, request: Request, context: grpc.ServicerContext) -> Reply:
         try:
             return method(servicer, request, context)
-        except NativeError as e:
-            status, message = e.args
-            error = error_for(status, message)
-        except SidepoolError as e:
-            error = e
-        context.set_trailing_metadata(((CODE_KEY, error.code),))
-        return context.abort(status_for(error), str(error))  # raises
+        except (NativeError, SidepoolError) as e:
+            _abort(context, e)
 
     return call
+
+
+def translated_stream(
+    method: Callable[[Servicer, Request, grpc.ServicerContext], Iterator[Reply]],
+) -> Callable[[Servicer, Request, grpc.ServicerContext], Iterator[Reply]]:
+    """`translated`, for a method that yields its replies."""
+
+    @functools.wraps(method)
+    def call(servicer: Servicer, request: Request, context: grpc.ServicerContext) -> Iterator[Reply]:
+        try:
+            yield from method(servicer, request, context)
+        except (NativeError, SidepoolError) as e:
+            _abort(context, e)
+
+    return call
+
+
+def _abort(context: grpc.ServicerContext, e: NativeError | SidepoolError) -> NoReturn:
+    error = e if isinstance(e, SidepoolError) else error_for(*e.args)
+    context.set_trailing_metadata(((CODE_KEY, error.code),))
+    context.abort(status_for(error), str(error))
+    raise AssertionError("abort raises")

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from sidepool import _native
 from sidepool.sidecar import logs
 from sidepool.sidecar.config import SidecarConfig
+from sidepool.sidecar.epochs import Source, sources
 from sidepool.sidecar.numa import place, usable_nodes
 from sidepool.sidecar.serving import Published
 from sidepool.sidecar.shards import LoadCancelled, load_tables
-from sidepool.wire.errors import ConfigError, PlanError
-from sidepool.wire.plan import Plan, load_plan
+from sidepool.wire.errors import ConfigError, PlanError, SidepoolError
+from sidepool.wire.plan import Plan
 
 # A progress line for every tenth of the bytes: ten lines whatever the number of tables.
 PROGRESS_STEPS = 10
@@ -25,10 +27,10 @@ PROGRESS_STEPS = 10
 
 @dataclass(frozen=True)
 class Loaded:
-    """A load has ended well; `published` is None when the plan is the one already served."""
+    """A load has ended well; `published`: what is not served yet, the newest last."""
 
     config: SidecarConfig
-    published: Published | None
+    published: tuple[Published, ...]
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,8 @@ class Loader:
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def start(self, config: SidecarConfig, serving: Published | None) -> None:
-        """Begin to load what `config` names, to replace `serving`. The previous load must have reported."""
+    def start(self, config: SidecarConfig, serving: Sequence[Published]) -> None:
+        """Begin to load what `config` names, beside `serving`. The previous load must have reported."""
         self._thread = threading.Thread(target=self._load, args=(config, serving), name="load")
         self._thread.start()
 
@@ -58,7 +60,7 @@ class Loader:
         if self._thread is not None:
             self._thread.join()
 
-    def _load(self, config: SidecarConfig, serving: Published | None) -> None:
+    def _load(self, config: SidecarConfig, serving: Sequence[Published]) -> None:
         try:
             published = load(config, serving, self._planned, self._stopping.is_set)
         except LoadCancelled:
@@ -71,18 +73,42 @@ class Loader:
 
 def load(
     config: SidecarConfig,
-    serving: Published | None = None,
+    serving: Sequence[Published] = (),
     planned: Callable[[Plan], None] = lambda plan: None,
     cancelled: Callable[[], bool] = lambda: False,
-) -> Published | None:
-    """Load what `config` names; None when its plan is the one already `serving`.
+) -> tuple[Published, ...]:
+    """Load what `config` names, or what was brought here since, as far as it is not `serving` already; the newest last.
 
     Raises `PlanError`, `ShardCorrupt` and `ConfigError` (`memory`), and `LoadCancelled` soon after `cancelled()` is true.
     """
-    plan = load_plan(Path(config.plan))
-    if serving is not None and not _replaces(plan, serving.plan, config.plan):
-        return None
-    planned(plan)
+    found = [source for source in sources(config) if _is_new(source, serving)]
+    if found:
+        planned(found[-1].plan)
+    loaded: list[Published] = []
+    for source in found:
+        try:
+            loaded.append(load_source(config, source.plan, source.shards, verify=config.verify, cancelled=cancelled))
+        except SidepoolError as e:
+            # Nobody asks for a plan that was brought and is not in place yet; it will be brought again.
+            if source.record is None or source.record.state != "prepared" or not loaded:
+                raise
+            logs.error("what was brought here cannot be loaded", plan_epoch=source.plan.epoch, code=e.code, reason=str(e))
+    return tuple(loaded)
+
+
+def load_source(
+    config: SidecarConfig,
+    plan: Plan,
+    shards: Path,
+    *,
+    verify: bool,
+    cancelled: Callable[[], bool] = lambda: False,
+    beside: Published | None = None,
+) -> Published:
+    """Load one plan's shards; raises as `load`.
+
+    beside: what is served meanwhile; what was measured for it is not measured again, at the cost of its lookups.
+    """
     began, logged = time.monotonic(), 0
 
     def progress(done: int, total: int) -> None:
@@ -95,12 +121,12 @@ def load(
             eta_s = round(seconds * (total - done) / done, 1)
             logs.info("verifying shards", done_bytes=done, total_bytes=total, bytes_per_s=speed, eta_s=eta_s)
 
-    tables = load_tables(plan, config.name, Path(config.shards), verify=config.verify, progress=progress, cancelled=cancelled)
+    tables = load_tables(plan, config.name, shards, verify=verify, progress=progress, cancelled=cancelled)
     place_copies(tables, config)
-    _choose_lookahead(tables, plan, config)
+    _choose_lookahead(tables, plan, config, beside)
     seconds = round(time.monotonic() - began, 3)
-    logs.info("shards loaded", plan_epoch=plan.epoch, bytes=tables.bytes, verified=config.verify, seconds=seconds)
-    return Published(plan, tables)
+    logs.info("shards loaded", plan_epoch=plan.epoch, bytes=tables.bytes, verified=verify, seconds=seconds)
+    return Published(plan, tables, shards)
 
 
 def place_copies(tables: _native.TableSet, config: SidecarConfig) -> None:
@@ -114,38 +140,57 @@ def place_copies(tables: _native.TableSet, config: SidecarConfig) -> None:
             raise ConfigError(f"memory.huge_pages: {e.args[1]}") from e
 
 
-def _choose_lookahead(tables: _native.TableSet, plan: Plan, config: SidecarConfig) -> None:
+def _choose_lookahead(tables: _native.TableSet, plan: Plan, config: SidecarConfig, beside: Published | None) -> None:
     wanted = config.pool.lookahead_bytes
+    ahead_bytes = 0
+    if wanted != "auto":
+        ahead_bytes = wanted
+    elif beside is not None:
+        known = _rows_ahead(beside.tables, beside.plan, config.name)
+        ahead_bytes = max((row_bytes * rows for row_bytes, rows in known.items()), default=0)
     began = time.monotonic()
-    tables.choose_lookahead(0 if wanted == "auto" else wanted)
-    held = [(plan.tables[t], s, plan.first_shard[t] + s.number) for t, s in plan.held_by(plan.sidecar_index[config.name])]
-    rows = {table.row_format.row_bytes(s.column_count): tables.rows_ahead(at) for table, s, at in held if tables.rows_ahead(at) > 0}
+    tables.choose_lookahead(ahead_bytes)
+    rows = _rows_ahead(tables, plan, config.name)
     logs.info("lookahead", rows_ahead_by_row_bytes=rows, seconds=round(time.monotonic() - began, 3))
 
 
-def promote(tables: _native.TableSet) -> None:
-    """Copy `tables` into huge pages on a background thread; lookups use each copy as soon as it is complete."""
+def _rows_ahead(tables: _native.TableSet, plan: Plan, name: str) -> dict[int, int]:
+    """What was chosen, by bytes of a row."""
+    held = [(plan.tables[t], s, plan.first_shard[t] + s.number) for t, s in plan.held_by(plan.sidecar_index[name])]
+    return {table.row_format.row_bytes(s.column_count): tables.rows_ahead(at) for table, s, at in held if tables.rows_ahead(at) > 0}
 
-    def copy() -> None:
-        began = time.monotonic()
-        try:
-            copied = tables.promote()
-        except (MemoryError, _native.NativeError) as e:
-            logs.log(logging.WARNING, "tables stay mapped: no memory for huge pages", reason=str(e))
-        else:
-            logs.info("tables promoted to huge pages", bytes=copied, seconds=round(time.monotonic() - began, 3))
-            if tables.placement_error:
-                reason = os.strerror(tables.placement_error)
-                logs.log(logging.WARNING, "rows lie where the kernel likes: it refused their NUMA nodes", reason=reason)
 
+def promote(tables: _native.TableSet, *, idly: bool = False) -> threading.Thread:
+    """Copy `tables` into huge pages on a background thread; lookups use each copy as soon as it is complete.
+
+    idly: only while the processor has nothing else to do, for copies that lookups do not wait for.
+    """
     # A daemon: the process may end in the middle of a copy, which nobody needs any more.
-    threading.Thread(target=copy, name="promote", daemon=True).start()
+    thread = threading.Thread(target=_promote, args=(tables, idly), name="promote", daemon=True)
+    thread.start()
+    return thread
 
 
-def _replaces(new: Plan, old: Plan, path: str) -> bool:
-    """Whether `new` is another plan than `old`; `PlanError` when it is, yet under the same epoch."""
-    if new.fingerprint == old.fingerprint:
+def _promote(tables: _native.TableSet, idly: bool) -> None:
+    began = time.monotonic()
+    if idly:
+        with contextlib.suppress(OSError):  # a container may not be allowed to; then it is a copy like any other
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))  # of this thread alone
+    try:
+        copied = tables.promote()
+    except (MemoryError, _native.NativeError) as e:
+        logs.log(logging.WARNING, "tables stay mapped: no memory for huge pages", reason=str(e))
+        return
+    logs.info("tables promoted to huge pages", bytes=copied, seconds=round(time.monotonic() - began, 3))
+    if tables.placement_error:
+        reason = os.strerror(tables.placement_error)
+        logs.log(logging.WARNING, "rows lie where the kernel likes: it refused their NUMA nodes", reason=reason)
+
+
+def _is_new(source: Source, serving: Sequence[Published]) -> bool:
+    """Whether a plan is not served; `PlanError` when it is not, yet its epoch is."""
+    if any(p.plan.fingerprint == source.plan.fingerprint for p in serving):
         return False
-    if new.epoch == old.epoch:
-        raise PlanError(f"{path}: epoch: found {new.epoch}, which already stands for another plan; allowed: any other number")
+    if any(p.plan.epoch == source.plan.epoch for p in serving):
+        raise PlanError(f"plan epoch: found {source.plan.epoch}, which already stands for another plan; allowed: any other number")
     return True

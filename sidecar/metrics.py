@@ -21,6 +21,7 @@ import sidepool
 from sidepool import _native
 from sidepool.sidecar import logs
 from sidepool.sidecar.config import join_endpoint, split_endpoint
+from sidepool.sidecar.moving import Mover
 from sidepool.sidecar.serving import Serving, State
 from sidepool.wire.errors import ConfigError
 
@@ -53,8 +54,9 @@ _LANE_COUNTERS = {
 class SidecarCollector(Collector):
     """Turns `stats()` into Prometheus metrics."""
 
-    def __init__(self, serving: Serving) -> None:
+    def __init__(self, serving: Serving, mover: Mover) -> None:
         self._serving = serving
+        self._mover = mover
 
     def collect(self) -> Iterator[Metric]:
         stats = self._serving.server.stats()
@@ -62,6 +64,9 @@ class SidecarCollector(Collector):
         yield from self._tables(stats)
         yield from _engines(stats["engines"])
         yield from _lanes(stats["lanes"])
+        move = self._mover.counters()
+        yield _gauge("move_done_bytes", "Row bytes of a new plan that are here", {(): move.done_bytes}, [])
+        yield _gauge("move_total_bytes", "Row bytes of the new plan that is on its way here, else 0", {(): move.total_bytes}, [])
         statuses: dict[Label, float] = {(code,): n for code, n in stats["statuses"].items()}
         yield _counter("subrequests", "Subrequests answered", statuses, ["code"])
         yield _histogram("queue_seconds", "Time from a subrequest's arrival to its start", stats["queue_us"])
@@ -141,10 +146,10 @@ class _BoundedServer(ThreadingWSGIServer):
 class MetricsServer:
     """The HTTP server of the endpoint, on daemon threads of its own."""
 
-    def __init__(self, endpoint: str, serving: Serving) -> None:
+    def __init__(self, endpoint: str, serving: Serving, mover: Mover) -> None:
         """Bind `endpoint`; raises `ConfigError` when it is taken."""
         registry = prometheus_client.CollectorRegistry()
-        registry.register(SidecarCollector(serving))
+        registry.register(SidecarCollector(serving, mover))
         host, port = split_endpoint(endpoint)
         try:
             self._server = _BoundedServer(host, port, registry)

@@ -18,8 +18,9 @@ from sidepool.sidecar.config import SidecarConfig, is_wildcard, join_endpoint, l
 from sidepool.sidecar.control import ControlPlane
 from sidepool.sidecar.loader import Loaded, Loader, LoadFailed, promote
 from sidepool.sidecar.metrics import MetricsServer
+from sidepool.sidecar.moving import Moved, Mover
 from sidepool.sidecar.numa import place, usable_nodes
-from sidepool.sidecar.serving import Serving
+from sidepool.sidecar.serving import Published, Serving
 from sidepool.sidecar.socket_directory import private_directory
 from sidepool.wire.errors import ConfigError, SidepoolError
 from sidepool.wire.plan import Plan
@@ -31,10 +32,6 @@ RELOADABLE = {"log_level", "plan", "shards", "verify", "promote"}
 WAKE_S = 1.0
 
 
-# Within a second a signal that another thread caught is obeyed; waking so rarely costs nothing.
-WAKE_S = 1.0
-
-
 class SidecarProcess:
     """One sidecar. Everything happens on the main thread, one event at a time; `run` returns when it is over."""
 
@@ -42,11 +39,11 @@ class SidecarProcess:
         """`ready_file`: where to also write the ready line; removed at exit."""
         self._config_path = config_path
         self._ready_file = ready_file
-        self._events: queue.SimpleQueue[Loaded | LoadFailed | signal.Signals] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[Loaded | LoadFailed | Moved | signal.Signals] = queue.SimpleQueue()
         self._loader = Loader(self._planned, self._events.put)
         self._reload_wanted = False
         self._loading = False
-        self._ready = False
+        self._started = self._listening = self._ready = False
         self._stop_signals = 0
 
     def run(self) -> None:
@@ -65,10 +62,12 @@ class SidecarProcess:
             )
             stack.callback(self._server.close)
             self._serving = Serving(config.name, self._server, config.previous_epoch_s)
-            self._control = ControlPlane(config, self._serving)
+            self._mover = Mover(lambda: self._config, self._serving, self._events.put)
+            stack.callback(self._mover.close)
+            self._control = ControlPlane(config, self._serving, self._mover)
             stack.callback(self._control.stop)
             logs.info("control plane listening; loading", grpc=self._control.address)
-            self._metrics = MetricsServer(config.listen.metrics, self._serving) if config.listen.metrics else None
+            self._metrics = MetricsServer(config.listen.metrics, self._serving, self._mover) if config.listen.metrics else None
             if self._metrics is not None:
                 stack.callback(self._metrics.close)
             stack.callback(self._loader.close)
@@ -95,6 +94,10 @@ class SidecarProcess:
             elif isinstance(event, LoadFailed):
                 self._loading = False
                 self._refuse(event.error)
+            elif isinstance(event, Moved):
+                if event.mover.adopt(event.published):
+                    self._serve(event.published, stack)
+                    logs.info("prepared", plan_epoch=event.published.plan.epoch)
             elif event is signal.SIGHUP:
                 self._reload_wanted = True
             else:
@@ -104,14 +107,14 @@ class SidecarProcess:
                 self._reload_wanted = False
                 self._reload()
 
-    def _next_event(self) -> Loaded | LoadFailed | signal.Signals:
+    def _next_event(self) -> Loaded | LoadFailed | Moved | signal.Signals:
         # The kernel may give a signal to any thread (one that follows SIGCONT at once, it does); its handler runs when this
         # thread wakes, which nothing but an event or this timeout makes it do.
         while True:
             with contextlib.suppress(queue.Empty):
                 return self._events.get(timeout=WAKE_S)
-            if (epoch := self._serving.retire_if_due()) is not None:
-                logs.info("retired", plan_epoch=epoch)
+            if (gone := self._serving.drop_if_due()) is not None:
+                self._mover.clean(gone)
 
     def _planned(self, plan: Plan) -> None:
         """On the loader's thread: while its shards are loaded, the first plan's model is known and not healthy."""
@@ -120,7 +123,7 @@ class SidecarProcess:
 
     def _load(self, config: SidecarConfig) -> None:
         self._loading = True
-        self._loader.start(config, self._serving.published)
+        self._loader.start(config, self._serving.plans)
 
     def _reload(self) -> None:
         """Re-read the configuration; what is wrong with it is logged and changes nothing."""
@@ -133,31 +136,46 @@ class SidecarProcess:
         changed = {key for key, value in config if value != getattr(self._config, key)}
         if changed - RELOADABLE:
             logs.error("these settings change only with a restart; the old values stay", settings=sorted(changed - RELOADABLE))
+        if self._mover.unsettled:
+            logs.error("the plan is not read again: a change of plans is under way", remedy="sidepool plan apply, or its --undo")
+            return
         self._load(self._config.model_copy(update={key: getattr(config, key) for key in RELOADABLE}))
 
     def _adopt(self, loaded: Loaded, stack: contextlib.ExitStack) -> None:
         """Serve what has been loaded; the first time, also start listening for lanes and say that we are ready."""
         self._config = loaded.config
-        published = loaded.published
-        if published is not None:
-            self._serving.publish(published)
+        first, self._started = not self._started, True
+        for published in loaded.published:
+            # One that was brought here, and the one it has not replaced yet.
+            if (gone := self._serving.publish(published, keep_previous=first)) is not None:
+                self._mover.clean(gone)
             if loaded.config.promote:
                 promote(published.tables)
-        if published is not None and not self._ready:
+            self._serve(published, stack)
+        if first:
+            self._mover.resume()
+        if first and not loaded.published:
+            logs.info("waiting for a plan", grpc=self._control.address)
+        elif not loaded.published:
+            logs.info("reloaded; the plan is the one already served")
+        elif not first:
+            logs.info("reloaded", plan_epoch=loaded.published[-1].plan.epoch)
+
+    def _serve(self, published: Published, stack: contextlib.ExitStack) -> None:
+        """What is published is there for rankers; the first time, also start listening for lanes and say that we are ready."""
+        if not self._listening:
             self._listen(published.plan, stack)
-            self._serving.open()
+            self._listening = True
+        self._serving.open()
+        if not self._ready:
+            self._ready = True
             if self._config.balance and self._config.engines > 1:
                 stack.callback(Balancer(self._server).close)
             self._say_ready(published.plan, stack)
-            self._ready = True
-        elif published is not None:
-            logs.info("reloaded", plan_epoch=published.plan.epoch)
-        else:
-            logs.info("reloaded; the plan is the one already served")
 
     def _refuse(self, error: Exception) -> None:
         """A load failed: fatal at start, else the old plan goes on being served."""
-        if not self._ready:
+        if not self._started:
             raise error
         code = error.code if isinstance(error, SidepoolError) else "INTERNAL"
         logs.error("reload refused; what was served before is served on", code=code, reason=str(error))

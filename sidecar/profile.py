@@ -12,8 +12,8 @@ from typing import Any
 
 import grpc
 
-from sidepool.sidecar.migrate import ClientTls, fault_of
 from sidepool.wire.access import AccessProfile, HotRow, TableAccess, save_access
+from sidepool.wire.control_channel import ClientTls, fault_of
 from sidepool.wire.control_pb2 import StatsRequest
 from sidepool.wire.control_pb2_grpc import SidecarStub
 from sidepool.wire.errors import PlanError

@@ -7,12 +7,16 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 
 from grpc_health.v1 import health, health_pb2
 
 from sidepool import _native
 from sidepool.wire.errors import Overloaded
 from sidepool.wire.plan import Plan
+from sidepool.wire.shard_reader import shards_of
+from sidepool.wire.shards import ShardFile
 
 CONTROL_SERVICE = "sidepool.v1.Sidecar"
 # How often a drain looks whether the last lookup has finished: far below what an operator notices, far above its cost.
@@ -20,19 +24,28 @@ DRAIN_POLL_S = 0.005
 
 
 class State(enum.StrEnum):
-    """Life of a sidecar; only forwards."""
+    """Life of a sidecar; only forwards, but for one that loses the only plan it held: it waits for another."""
 
     LOADING = "loading"
     SERVING = "serving"
     DRAINING = "draining"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Published:
-    """A plan with the table set that answers lookups under it."""
+    """A plan with the table set that answers lookups under it, and the directory that its rows are mapped from."""
 
     plan: Plan
     tables: _native.TableSet
+    shards: Path
+
+    @cached_property
+    def files(self) -> dict[str, list[ShardFile]]:
+        """The manifest's entries, by table."""
+        found: dict[str, list[ShardFile]] = {}
+        for shard in shards_of(self.plan, self.shards):
+            found.setdefault(shard.table, []).append(shard)
+        return found
 
 
 class Serving:
@@ -48,8 +61,9 @@ class Serving:
         self._state = State.LOADING
         self._published: Published | None = None
         self._previous: Published | None = None
-        self._previous_epoch_s = previous_epoch_s
-        self._retire_at = 0.0
+        self.previous_epoch_s = previous_epoch_s
+        self._leaving: Published | None = None
+        self._leaves_at = 0.0
         self._model: str | None = None
         self._shown: dict[str, int] = {}
         self._set_health()
@@ -71,22 +85,63 @@ class Serving:
             self._model = model
             self._set_health()
 
-    def publish(self, published: Published) -> None:
-        """Serve `published` from the next lookup on; lookups under the plan before it are answered for some time."""
-        self.server.publish(published.tables)
-        self._retire_at = time.monotonic() + self._previous_epoch_s
-        self._previous, self._published = self._published, published
-        self.retire_if_due()
-        self.announce(published.plan.model)
+    @property
+    def plans(self) -> tuple[Published, ...]:
+        """Everything that is answered, the newest first."""
+        return tuple(p for p in (self._published, self._previous) if p is not None)
 
-    def retire_if_due(self) -> int | None:
-        """Stop answering under the plan before the present one once its time is over; returns its epoch if that is now."""
-        previous = self._previous
-        if previous is None or time.monotonic() < self._retire_at:
-            return None
-        self._previous = None
-        self.server.retire_previous()
-        return previous.plan.epoch
+    def held(self, fingerprint: str) -> Published | None:
+        """What is answered under a plan, if it is."""
+        return next((p for p in self.plans if p.plan.fingerprint == fingerprint), None)
+
+    def leaves_in_s(self, published: Published) -> float:
+        """Seconds until it is answered no longer; below 0: it stays."""
+        return max(0.0, self._leaves_at - time.monotonic()) if published is self._leaving else -1.0
+
+    def publish(self, published: Published, *, keep_previous: bool = False) -> Published | None:
+        """Serve `published` from the next lookup on. Lookups under the plan before it are answered for `previous_epoch_s` more,
+        with `keep_previous` until one of the two is dropped. Returns what is answered no longer."""
+        with self._lock:
+            self.server.publish(published.tables)
+            self._previous, self._published, self._leaving = self._published, published, None
+            if self._previous is not None and not keep_previous:
+                self._leave(self._previous, self.previous_epoch_s)
+        gone = self.drop_if_due()
+        self.announce(published.plan.model)
+        return gone
+
+    def drop(self, published: Published, after_s: float) -> Published | None:
+        """Answer no longer under one of the plans after `after_s`; of two, any may go. Returns it where that is now."""
+        with self._lock:
+            if published in self.plans:
+                self._leave(published, after_s)
+        return self.drop_if_due()
+
+    def keep(self, published: Published) -> None:
+        """Take back what `drop` began."""
+        with self._lock:
+            if published is self._leaving:
+                self._leaving = None
+
+    def drop_if_due(self) -> Published | None:
+        """Do what was asked of `drop` or `publish` once its time has come; returns what is answered no longer if that is now."""
+        with self._lock:
+            leaving = self._leaving
+            if leaving is None or time.monotonic() < self._leaves_at:
+                return None
+            self._leaving = None
+            if leaving is self._published:  # the other one becomes the present one, so that this one is the previous
+                self._published, self._previous = self._previous, leaving
+                self.server.publish(self._published.tables if self._published is not None else _nothing())
+            self._previous = None
+            self.server.retire_previous()
+            if self._published is None and self._state is State.SERVING:
+                self._state = State.LOADING
+                self._set_health()
+        return leaving
+
+    def _leave(self, published: Published, after_s: float) -> None:
+        self._leaving, self._leaves_at = published, time.monotonic() + after_s
 
     def open(self) -> None:
         """Everything listens and tables are published: tell the world."""
@@ -129,3 +184,9 @@ class Serving:
         if self._shown.get(service) != status:  # watchers are told of changes only
             self._shown[service] = status
             self.health.set(service, status)
+
+
+def _nothing() -> _native.TableSet:
+    tables = _native.TableSet(0, 0, 0)
+    tables.seal()
+    return tables

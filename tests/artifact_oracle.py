@@ -103,8 +103,7 @@ def served(out: Path) -> dict[str, NDArray[np.float32]]:
     found: dict[str, NDArray[np.float32]] = {}
     for path in sorted((out / "sidecars").glob("*/sidecar.yaml")):
         config = load_sidecar_config(path)
-        published = load(config)
-        assert published is not None
+        (published,) = load(config)
         plan = published.plan
         for i, (feature, owner) in enumerate(zip(plan.features, [holders[0] for holders in plan.sidecars_of_table], strict=True)):
             if plan.sidecars[owner].name != config.name:

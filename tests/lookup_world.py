@@ -99,19 +99,24 @@ def write_world(
     engines: int = 1,
     settings: dict[str, Any] | None = None,
     shards: tuple[Shard, ...] = WHOLE,
+    more: tuple[Table, ...] = (),
 ) -> World:
-    """Write plan, shards and sidecar configurations; `ports` of the control planes, 0 for any; `settings` on top."""
+    """Write plan, shards and sidecar configurations; `ports` of the control planes, 0 for any; `settings` on top.
+
+    more: tables beside the usual ones, whole on the first sidecar, each with a feature of its name.
+    """
     random = np.random.default_rng(epoch)
+    shards += tuple(Shard(table=t.name, sidecar=SIDECARS[0], rows=(0, t.rows), columns=(0, t.dim)) for t in more)
     rows = {
         t.name: random.standard_normal((t.rows, t.dim)).astype(np.float16 if t.row_format is RowFormat.FP16 else np.float32)
-        for t in TABLES
+        for t in TABLES + more
     }
     plan = Plan(
         epoch=epoch,
         model="everything",
         on_missing_shard=on_missing_shard,
-        tables=TABLES,
-        features=FEATURES,
+        tables=TABLES + more,
+        features=FEATURES + tuple(Feature(name=t.name, table=t.name) for t in more),
         sidecars=tuple(SidecarAddress(name=n, address=a) for n, a in zip(SIDECARS, NOWHERE, strict=True)),
         shards=shards,
     )

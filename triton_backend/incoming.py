@@ -98,9 +98,7 @@ class Reader:
             raise LookupRejected(f"{WEIGHTS}: found {weights.dtype} {list(weights.shape)}; allowed: float32 [{values.size}]")
         return lengths, values, weights
 
-    def _split(
-        self, lengths: NDArray[np.int32], values: Ids, weights: NDArray[np.float32] | None
-    ) -> dict[str, NDArray[Any]]:
+    def _split(self, lengths: NDArray[np.int32], values: Ids, weights: NDArray[np.float32] | None) -> dict[str, NDArray[Any]]:
         """The jagged features as the model's own (values, offsets) inputs, for models that mix them with other sources."""
         ends = np.cumsum(lengths, axis=1, dtype=np.int64)
         if lengths.size and (lengths.min() < 0 or ends[:, -1].sum() != values.size):

@@ -31,7 +31,10 @@ MAX_VIEWS = 1024
 
 
 class Ranker:
-    """Owned and used by the thread in which Triton calls the model, except for the metrics thread it starts."""
+    """Owned and used by the thread in which Triton calls the model, except for the metrics thread it starts.
+
+    It follows `plan.yaml` of its artifact: where that is replaced, the next lookups are under the new plan.
+    """
 
     def __init__(self, settings: Settings, pb_utils: Any) -> None:
         """Load the artifact and connect. Sidecars that are down do not fail this: they are connected when they come up."""
@@ -39,7 +42,8 @@ class Ranker:
 
         self._torch, self._pb = torch, pb_utils
         parameters = settings.parameters
-        plan = load_plan(settings.artifact / PLAN_FILE)
+        plan_file = settings.artifact / PLAN_FILE
+        plan = load_plan(plan_file)
         model = load_model(settings.artifact / MODEL_FILE, plan)
         router = FeatureRouter(model, plan, settings.artifact)
         self._reader = Reader(model, router, parameters.deadline_ms)
@@ -51,7 +55,7 @@ class Ranker:
         # One pair of views per batch size seen: making them costs 10 µs, most of what one sample's tensors cost.
         self._views: dict[int, tuple[Any, NDArray[Any]]] = {}
         self._client = EmbeddingClient.connect(
-            plan,
+            plan_file,
             lane=parameters.lane,
             spin_us=parameters.spin_us,
             shards_dir=settings.shards,
@@ -69,11 +73,8 @@ class Ranker:
             fixed_columns=router.fixed_columns,
             name=f"ranker {settings.name}",
         )
-        names = ["local"] if parameters.lane == "local" else [s.name for s in plan.sidecars]
-        self._times = StageTimes(len(names))
-        self._reporter = StageReporter(
-            self._times, model=settings.name, version=settings.version, sidecars=names, pb_utils=pb_utils
-        )
+        self._times = StageTimes()
+        self._reporter = StageReporter(self._times, model=settings.name, version=settings.version, pb_utils=pb_utils)
 
     def close(self) -> None:
         """Stop reporting and close every lane."""
@@ -128,6 +129,7 @@ class Ranker:
             samples=samples,
             tensors_in_ns=looked_up_ns - begin_ns,
             lookup=result.raw_timings,
+            sidecars=result.sidecars,
             dense_ns=out_ns - dense_ns,
             tensors_out_ns=time.perf_counter_ns() - out_ns,
         )

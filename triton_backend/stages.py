@@ -7,8 +7,7 @@ daemon thread reports the sums.
 from __future__ import annotations
 
 import threading
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
 from typing import Any
 
 import numpy as np
@@ -25,27 +24,38 @@ _NS = 1e-9
 class StageTimes:
     """Sums since the last flush. `add` and `add_error` belong to the executing thread; `flush` may run in any one thread."""
 
-    def __init__(self, sidecars: int) -> None:
+    def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._sidecars = sidecars
         self._clear()
 
     def _clear(self) -> None:
         self.executes = self.requests = self.samples = 0
         self.tensors_in_ns = self.dense_ns = self.tensors_out_ns = 0
-        self.lookups = np.zeros((1 + self._sidecars, 6), np.int64)
+        self.lookups: dict[tuple[str, ...], NDArray[np.int64]] = {}
+        """Summed native timings, by the sidecars whose rows they are: one entry, two around a change of plans."""
         self.errors: Counter[str] = Counter()
 
     def add(
-        self, *, requests: int, samples: int, tensors_in_ns: int, lookup: NDArray[np.int64], dense_ns: int, tensors_out_ns: int
+        self,
+        *,
+        requests: int,
+        samples: int,
+        tensors_in_ns: int,
+        lookup: NDArray[np.int64],
+        sidecars: tuple[str, ...],
+        dense_ns: int,
+        tensors_out_ns: int,
     ) -> None:
-        """One `execute` that ran a lookup and a forward pass; `lookup` is the native timings array `[1 + sidecars, 6]`."""
+        """One `execute` that ran a lookup and a forward pass; `lookup`: native timings `[1 + sidecars, 6]`, taken over."""
         with self._lock:
             self.executes += 1
             self.requests += requests
             self.samples += samples
             self.tensors_in_ns += tensors_in_ns
-            self.lookups += lookup
+            if (sums := self.lookups.get(sidecars)) is None:
+                self.lookups[sidecars] = lookup
+            else:
+                sums += lookup
             self.dense_ns += dense_ns
             self.tensors_out_ns += tensors_out_ns
 
@@ -58,17 +68,19 @@ class StageTimes:
         """`(metric, label value, second label value) -> increment` since the last call; zeros are left out."""
         with self._lock:
             lookups, errors = self.lookups, self.errors
-            own = (self.tensors_in_ns, int(lookups[0, _ROUTE]), int(lookups[0, _MERGE]), self.dense_ns, self.tensors_out_ns)
+            route_ns, merge_ns = (sum(int(sums[0, column]) for sums in lookups.values()) for column in (_ROUTE, _MERGE))
+            own = (self.tensors_in_ns, route_ns, merge_ns, self.dense_ns, self.tensors_out_ns)
             counts = {"executes": self.executes, "requests": self.requests, "samples": self.samples}
             self._clear()
-        taken = {(name, "", ""): float(n) for name, n in counts.items()}
+        taken: dict[tuple[str, str, str], float] = defaultdict(float)
+        taken |= {(name, "", ""): float(n) for name, n in counts.items()}
         taken |= {("stage_seconds", stage, ""): ns * _NS for stage, ns in zip(RANKER_STAGES, own, strict=True)}
-        for sidecar, row in enumerate(lookups[1:].tolist()):
-            taken |= {("sidecar_stage_seconds", str(sidecar), s): ns * _NS for s, ns in zip(SIDECAR_STAGES, row, strict=False)}
-            taken |= {
-                ("sidecar_bytes", str(sidecar), "request"): float(row[4]),
-                ("sidecar_bytes", str(sidecar), "response"): float(row[5]),
-            }
+        for sidecars, sums in lookups.items():
+            for sidecar, row in zip(sidecars, sums[1:].tolist(), strict=True):
+                for stage, ns in zip(SIDECAR_STAGES, row, strict=False):
+                    taken["sidecar_stage_seconds", sidecar, stage] += ns * _NS
+                taken["sidecar_bytes", sidecar, "request"] += row[4]
+                taken["sidecar_bytes", sidecar, "response"] += row[5]
         taken |= {("errors", code, ""): float(n) for code, n in errors.items()}
         return {key: value for key, value in taken.items() if value}
 
@@ -76,10 +88,9 @@ class StageTimes:
 class StageReporter:
     """Reports `StageTimes` as Triton custom metrics, from a daemon thread of its own, until closed."""
 
-    def __init__(self, times: StageTimes, *, model: str, version: str, sidecars: Sequence[str], pb_utils: Any) -> None:
+    def __init__(self, times: StageTimes, *, model: str, version: str, pb_utils: Any) -> None:
         self._times = times
         self._labels = {"model": model, "version": version}
-        self._sidecars = list(sidecars)
         self._families = {
             name: (
                 pb_utils.MetricFamily(name=f"sidepool_ranker_{name}_total", description=text, kind=pb_utils.MetricFamily.COUNTER),
@@ -119,7 +130,5 @@ class StageReporter:
         if metric is None:
             family, names = self._families[key[0]]
             values = [v for v in key[1:] if v]
-            if names and names[0] == "sidecar":
-                values[0] = self._sidecars[int(values[0])]
             metric = self._metrics[key] = family.Metric(labels=self._labels | dict(zip(names, values, strict=True)))
         return metric

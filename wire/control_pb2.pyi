@@ -130,6 +130,94 @@ class MigrateReply(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class FetchRequest(_message.Message):
+    __slots__ = ("plan_fingerprint", "table", "first_row", "rows", "first_column", "columns", "bytes_per_s")
+    PLAN_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    TABLE_FIELD_NUMBER: _ClassVar[int]
+    FIRST_ROW_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    FIRST_COLUMN_FIELD_NUMBER: _ClassVar[int]
+    COLUMNS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    plan_fingerprint: str
+    table: str
+    first_row: int
+    rows: int
+    first_column: int
+    columns: int
+    bytes_per_s: float
+    def __init__(self, plan_fingerprint: _Optional[str] = ..., table: _Optional[str] = ..., first_row: _Optional[int] = ..., rows: _Optional[int] = ..., first_column: _Optional[int] = ..., columns: _Optional[int] = ..., bytes_per_s: _Optional[float] = ...) -> None: ...
+
+class FetchChunk(_message.Message):
+    __slots__ = ("first_row", "rows", "crc32c", "shard_crc32c", "last")
+    FIRST_ROW_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    CRC32C_FIELD_NUMBER: _ClassVar[int]
+    SHARD_CRC32C_FIELD_NUMBER: _ClassVar[int]
+    LAST_FIELD_NUMBER: _ClassVar[int]
+    first_row: int
+    rows: bytes
+    crc32c: int
+    shard_crc32c: int
+    last: bool
+    def __init__(self, first_row: _Optional[int] = ..., rows: _Optional[bytes] = ..., crc32c: _Optional[int] = ..., shard_crc32c: _Optional[int] = ..., last: _Optional[bool] = ...) -> None: ...
+
+class PrepareRequest(_message.Message):
+    __slots__ = ("plan", "present", "bytes_per_s")
+    PLAN_FIELD_NUMBER: _ClassVar[int]
+    PRESENT_FIELD_NUMBER: _ClassVar[int]
+    BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    plan: bytes
+    present: bytes
+    bytes_per_s: float
+    def __init__(self, plan: _Optional[bytes] = ..., present: _Optional[bytes] = ..., bytes_per_s: _Optional[float] = ...) -> None: ...
+
+class ProgressRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class DropRequest(_message.Message):
+    __slots__ = ("plan_fingerprint", "at_once")
+    PLAN_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    AT_ONCE_FIELD_NUMBER: _ClassVar[int]
+    plan_fingerprint: str
+    at_once: bool
+    def __init__(self, plan_fingerprint: _Optional[str] = ..., at_once: _Optional[bool] = ...) -> None: ...
+
+class PlanHeld(_message.Message):
+    __slots__ = ("epoch", "fingerprint", "leaves_in_s")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    LEAVES_IN_S_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    fingerprint: str
+    leaves_in_s: float
+    def __init__(self, epoch: _Optional[int] = ..., fingerprint: _Optional[str] = ..., leaves_in_s: _Optional[float] = ...) -> None: ...
+
+class MoveReply(_message.Message):
+    __slots__ = ("name", "phase", "epoch", "fingerprint", "done_bytes", "total_bytes", "code", "reason", "plans", "previous")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    PHASE_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    DONE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    PLANS_FIELD_NUMBER: _ClassVar[int]
+    PREVIOUS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    phase: str
+    epoch: int
+    fingerprint: str
+    done_bytes: int
+    total_bytes: int
+    code: str
+    reason: str
+    plans: _containers.RepeatedCompositeFieldContainer[PlanHeld]
+    previous: bytes
+    def __init__(self, name: _Optional[str] = ..., phase: _Optional[str] = ..., epoch: _Optional[int] = ..., fingerprint: _Optional[str] = ..., done_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., code: _Optional[str] = ..., reason: _Optional[str] = ..., plans: _Optional[_Iterable[_Union[PlanHeld, _Mapping]]] = ..., previous: _Optional[bytes] = ...) -> None: ...
+
 class LookupFrame(_message.Message):
     __slots__ = ("frame",)
     FRAME_FIELD_NUMBER: _ClassVar[int]

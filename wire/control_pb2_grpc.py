@@ -59,6 +59,26 @@ class SidecarStub:
                 request_serializer=control__pb2.MigrateRequest.SerializeToString,
                 response_deserializer=control__pb2.MigrateReply.FromString,
                 _registered_method=True)
+        self.Fetch = channel.unary_stream(
+                '/sidepool.v1.Sidecar/Fetch',
+                request_serializer=control__pb2.FetchRequest.SerializeToString,
+                response_deserializer=control__pb2.FetchChunk.FromString,
+                _registered_method=True)
+        self.Prepare = channel.unary_unary(
+                '/sidepool.v1.Sidecar/Prepare',
+                request_serializer=control__pb2.PrepareRequest.SerializeToString,
+                response_deserializer=control__pb2.MoveReply.FromString,
+                _registered_method=True)
+        self.Progress = channel.unary_unary(
+                '/sidepool.v1.Sidecar/Progress',
+                request_serializer=control__pb2.ProgressRequest.SerializeToString,
+                response_deserializer=control__pb2.MoveReply.FromString,
+                _registered_method=True)
+        self.Drop = channel.unary_unary(
+                '/sidepool.v1.Sidecar/Drop',
+                request_serializer=control__pb2.DropRequest.SerializeToString,
+                response_deserializer=control__pb2.MoveReply.FromString,
+                _registered_method=True)
         self.Lookup = channel.unary_unary(
                 '/sidepool.v1.Sidecar/Lookup',
                 request_serializer=control__pb2.LookupFrame.SerializeToString,
@@ -104,6 +124,34 @@ class SidecarServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Fetch(self, request, context):
+        """Rows of a part of a table, as they are stored, in chunks (docs/plan.md). Two streams at once; a third is refused as retryable.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Prepare(self, request, context):
+        """Bring here what a new plan places here, and answer under it beside the present plan. Returns when that has begun; again: goes on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Progress(self, request, context):
+        """How far it is, and which plans are answered.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Drop(self, request, context):
+        """Answer one of two plans no longer, or give up bringing it here.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Lookup(self, request, context):
         """The grpc lane: a request frame in, response piece frames out (docs/wire-format.md).
         """
@@ -138,6 +186,26 @@ def add_SidecarServicer_to_server(servicer, server):
                     servicer.Migrate,
                     request_deserializer=control__pb2.MigrateRequest.FromString,
                     response_serializer=control__pb2.MigrateReply.SerializeToString,
+            ),
+            'Fetch': grpc.unary_stream_rpc_method_handler(
+                    servicer.Fetch,
+                    request_deserializer=control__pb2.FetchRequest.FromString,
+                    response_serializer=control__pb2.FetchChunk.SerializeToString,
+            ),
+            'Prepare': grpc.unary_unary_rpc_method_handler(
+                    servicer.Prepare,
+                    request_deserializer=control__pb2.PrepareRequest.FromString,
+                    response_serializer=control__pb2.MoveReply.SerializeToString,
+            ),
+            'Progress': grpc.unary_unary_rpc_method_handler(
+                    servicer.Progress,
+                    request_deserializer=control__pb2.ProgressRequest.FromString,
+                    response_serializer=control__pb2.MoveReply.SerializeToString,
+            ),
+            'Drop': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drop,
+                    request_deserializer=control__pb2.DropRequest.FromString,
+                    response_serializer=control__pb2.MoveReply.SerializeToString,
             ),
             'Lookup': grpc.unary_unary_rpc_method_handler(
                     servicer.Lookup,
@@ -280,6 +348,114 @@ class Sidecar:
             '/sidepool.v1.Sidecar/Migrate',
             control__pb2.MigrateRequest.SerializeToString,
             control__pb2.MigrateReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Fetch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/sidepool.v1.Sidecar/Fetch',
+            control__pb2.FetchRequest.SerializeToString,
+            control__pb2.FetchChunk.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Prepare(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sidepool.v1.Sidecar/Prepare',
+            control__pb2.PrepareRequest.SerializeToString,
+            control__pb2.MoveReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Progress(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sidepool.v1.Sidecar/Progress',
+            control__pb2.ProgressRequest.SerializeToString,
+            control__pb2.MoveReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drop(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sidepool.v1.Sidecar/Drop',
+            control__pb2.DropRequest.SerializeToString,
+            control__pb2.MoveReply.FromString,
             options,
             channel_credentials,
             insecure,

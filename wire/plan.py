@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import enum
 import hashlib
+import json
+import zlib
 from collections import Counter
 from functools import cached_property
 from itertools import accumulate
@@ -16,7 +18,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from sidepool.wire.config import FormatVersion, Frozen, dump_yaml, load_yaml
+from sidepool.wire.config import MAX_YAML_BYTES, FormatVersion, Frozen, decode, dump_yaml, load_yaml
 from sidepool.wire.errors import PlanError
 from sidepool.wire.sharding import PlacedShard, check_tiling, place_shards
 
@@ -51,6 +53,15 @@ class RowFormat(enum.StrEnum):
     def quantised(self) -> bool:
         """Whether a row is codes with a scale and a bias of its own."""
         return self in (RowFormat.INT8, RowFormat.INT4)
+
+    @property
+    def tail_bytes(self) -> int:
+        """Bytes of scale and bias behind the values of a row."""
+        return {RowFormat.INT8: 8, RowFormat.INT4: 4}.get(self, 0)
+
+    def value_bytes(self, columns: int) -> int:
+        """Bytes of the first `columns` values of a row."""
+        return self.row_bytes(columns) - self.tail_bytes
 
     def row_bytes(self, dim: int) -> int:
         """Bytes of one row: its values, and what follows them (int8: two fp32; int4: two fp16)."""
@@ -207,6 +218,23 @@ class Plan(Frozen):
         return hashlib.sha256(content.encode()).hexdigest()
 
 
+def pack_plan(plan: Plan) -> bytes:
+    """A plan as control calls carry it: JSON, about a tenth of it after zlib."""
+    return zlib.compress(plan.model_dump_json(exclude_none=True).encode())
+
+
+def unpack_plan(packed: bytes, where: str) -> Plan:
+    """The reverse, validated; raises `PlanError`."""
+    try:
+        opened = zlib.decompressobj()
+        data = json.loads(opened.decompress(packed, MAX_YAML_BYTES))
+    except (zlib.error, ValueError) as e:
+        raise PlanError(f"{where}: found {len(packed)} bytes that are no plan; allowed: JSON in zlib: {e}") from e
+    plan = decode(data, Plan, where=where, error=PlanError)
+    validate_plan(plan, where=where)
+    return plan
+
+
 def load_plan(path: Path) -> Plan:
     """Read and validate a plan; raises `PlanError`."""
     plan = load_yaml(path, Plan, error=PlanError)
@@ -255,3 +283,15 @@ def validate_plan(plan: Plan, *, where: str = "plan") -> None:
         shards.setdefault(shard.table, []).append(shard)
     for table in plan.tables:
         check_tiling(table, shards.get(table.name, ()), where)
+
+
+def check_successor(old: Plan, new: Plan) -> None:
+    """Refuse a plan that places other tables than `old`, or that has its epoch: `PlanError`."""
+    prefix = f"plan epoch {new.epoch}"
+    if new.model != old.model:
+        raise PlanError(f"{prefix}: model: found {new.model!r}; allowed: {old.model!r}")
+    for kind in ("tables", "features"):
+        if getattr(new, kind) != getattr(old, kind):
+            raise PlanError(f"{prefix}: {kind}: found others; allowed: those of epoch {old.epoch}")
+    if new.epoch == old.epoch:
+        raise PlanError(f"{prefix}: epoch: found {new.epoch}, which already stands for another plan; allowed: any other number")

@@ -17,7 +17,7 @@ from sidepool import _native
 from sidepool.wire.checksum import crc32c
 from sidepool.wire.errors import PlanError, ShardCorrupt, error_for
 from sidepool.wire.plan import Plan
-from sidepool.wire.shards import ShardFile, ShardManifest, load_manifest
+from sidepool.wire.shards import MANIFEST_FILE, ShardFile, ShardManifest, load_manifest
 
 # A header of one tensor is about 100 bytes; the rest leaves room for whatever metadata a tool adds.
 MAX_HEADER_BYTES = 1 << 20
@@ -94,6 +94,15 @@ def shards_of(plan: Plan, directory: Path) -> Iterator[ShardFile]:
         yield shard
 
 
+def shard_directories(plan: Plan, roots: Iterable[Path]) -> list[Path]:
+    """Every directory with a manifest at or below `roots`; where some are of `plan`, those: sidecars keep other plans' beside them.
+
+    Raises `ShardCorrupt` for a manifest that cannot be read.
+    """
+    found = sorted({manifest.parent for root in roots for manifest in root.rglob(MANIFEST_FILE)})
+    return [d for d in found if load_manifest(d).plan_fingerprint == plan.fingerprint] or found
+
+
 def build_table_set(plan: Plan, directories: Iterable[Path], *, verify: bool = True) -> _native.TableSet:
     """Map every shard of `directories` (one per sidecar) into a sealed table set under the plan's epoch.
 
@@ -154,8 +163,7 @@ def seal_features(tables: _native.TableSet, plan: Plan, held: set[int]) -> None:
 
 
 def _extent(shard: ShardFile) -> tuple[tuple[int, int], tuple[int, int]]:
-    rows, columns = (shard.first_row, shard.first_row + shard.rows), (shard.first_column, shard.first_column + shard.dim)
-    return rows, columns
+    return shard.row_range, shard.column_range
 
 
 def _check_placement(plan: Plan, manifest: ShardManifest, directory: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +14,8 @@ from sidepool.wire.errors import ShardCorrupt
 from sidepool.wire.plan import MAX_DIM, MAX_ROWS, Name, RowFormat
 
 MANIFEST_FILE = "shards.json"
+# Where a tensor begins in its file: rows of whole cache lines then lie on cache lines.
+ALIGNMENT = 64
 
 _FLOATS = {RowFormat.FP32: "F32", RowFormat.FP16: "F16", RowFormat.BF16: "BF16"}
 
@@ -33,10 +36,27 @@ class ShardFile(Frozen):
     crc32c: Annotated[int, Field(ge=0, lt=1 << 32)]
     """CRC-32C of the tensor's bytes (not of the safetensors header)."""
 
+    def header(self) -> bytes:
+        """The front of the file, up to its tensor (https://github.com/huggingface/safetensors#format)."""
+        dtype, shape = self.tensor
+        text = json.dumps({self.table: {"dtype": dtype, "shape": shape, "data_offsets": [0, self.bytes]}}).encode()
+        text += b" " * (-(8 + len(text)) % ALIGNMENT)
+        return struct.pack("<Q", len(text)) + text
+
     @property
     def bytes(self) -> int:
         """Bytes of the tensor."""
         return self.rows * self.row_format.row_bytes(self.dim)
+
+    @property
+    def row_range(self) -> tuple[int, int]:
+        """Its rows `[begin, end)` of the table."""
+        return self.first_row, self.first_row + self.rows
+
+    @property
+    def column_range(self) -> tuple[int, int]:
+        """Its columns `[begin, end)` of the table."""
+        return self.first_column, self.first_column + self.dim
 
     @property
     def tensor(self) -> tuple[str, list[int]]:

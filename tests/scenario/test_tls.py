@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from certificates import Authority
+from changing_world import deployed
+from lookup_world import expected, random_bags
 from sidecar_process import ready
 from small_artifact import SmallArtifact, write_small_artifact
 
@@ -63,6 +65,25 @@ def test_only_clients_with_a_certificate_of_the_authority_get_in(
                 EmbeddingClient.connect(artifact.plan, tls=tls)
             assert ("may want it: tls=" in str(error.value)) == (tls is None)
         assert_answers(artifact, "shm", known)
+
+
+def test_sidecars_fetch_shards_from_each_other_with_their_own_certificates(tmp_path: Path) -> None:
+    (tmp_path / "world").mkdir()
+    authority = Authority(tmp_path / "authority")
+    server, tool = authority.sign("server"), authority.sign("tool")
+    tls = {"cert": str(server.cert), "key": str(server.key), "client_ca": str(authority.cert)}
+    with deployed(tmp_path / "world", tls=tls) as deployment:
+        plan = deployment.spread(4, ("left", "right"))
+        assert "[TRANSPORT] sidecar 'left'" in deployment.apply("apply", plan).stderr
+        known = ("--ca", authority.cert, "--cert", tool.cert, "--key", tool.key)
+        ran = deployment.apply("apply", plan, *known)
+        assert ran.returncode == 0, ran.stderr
+        files = TlsFiles(ca=authority.cert, cert=tool.cert, key=tool.key)
+        with EmbeddingClient.connect(deployment.plan, lane="tcp", tls=files) as client:
+            assert client.plan.epoch == 4
+            bags = random_bags(client.plan, 4, seed=1)
+            wanted, _ = expected(client.plan, deployment.world.rows, bags)
+            np.testing.assert_allclose(client.lookup(*bags.part, deadline_ms=60_000).out, wanted, rtol=1e-5, atol=1e-5)
 
 
 def ranker_settings(directory: Path, **parameters: str) -> TlsFiles | None:

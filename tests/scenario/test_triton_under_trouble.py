@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
 import numpy as np
@@ -20,11 +21,14 @@ from numpy.typing import NDArray
 from served_dlrm import Served, served
 from sidecar_process import wait_until_stopped
 
+from sidepool.__main__ import main
 from sidepool.bench.deployment import DISAGGREGATED
 from sidepool.bench.footprint import footprint
 from sidepool.bench.processes import Sidecar
+from sidepool.bench.resharding import swapped
 from sidepool.bench.traffic import Caller, infer_inputs
 from sidepool.wire import control_pb2, control_pb2_grpc
+from sidepool.wire.plan import load_plan, save_plan
 
 pytestmark = pytest.mark.triton
 
@@ -170,6 +174,19 @@ def test_a_frozen_sidecar_costs_requests_their_budget_and_no_more(running: Serve
     assert seconds < RETURN_S
 
 
+def test_a_change_of_plans_is_noticed_by_no_request(running: Served) -> None:
+    deployment, sidecars = running.deployment, running.deployment.sidecars
+    save_plan(swapped(load_plan(deployment.directory / "plan.yaml")), deployment.directory / "next.yaml")
+    with Load(running).running() as load:
+        load.wait_for_right_answers(0.0, 10)
+        assert main(["plan", "apply", str(deployment.directory / "next.yaml"), "--deployment", str(deployment.directory)]) == 0
+        before = [counted_rows(sidecar) for sidecar in sidecars]  # from now on, of the new plan only
+        load.wait(lambda: all(counted_rows(sidecar) > rows for sidecar, rows in zip(sidecars, before, strict=True)))
+        load.wait_for_right_answers(time.monotonic(), 10)
+    assert load.codes() == {""}
+    running.check_serving()
+
+
 def test_a_killed_triton_leaves_no_lane_and_no_descriptor(running: Served) -> None:
     """The last test of a deployment: its Triton does not come back."""
     server, sidecars = running.deployment.server, running.deployment.sidecars
@@ -194,12 +211,20 @@ def test_a_killed_triton_leaves_no_lane_and_no_descriptor(running: Served) -> No
         assert used == held(sidecar), "a sidecar that has just started holds the same"
 
 
-def lanes(sidecar: Sidecar) -> int:
-    """Lanes a sidecar says are open."""
+def stats(sidecar: Sidecar) -> Any:
     with grpc.insecure_channel(str(sidecar.facts()["grpc"])) as channel:
         stub = control_pb2_grpc.SidecarStub(channel)  # type: ignore[no-untyped-call]
-        stats = json.loads(stub.Stats(control_pb2.StatsRequest(), timeout=PATIENCE_S).json)["stats"]
-    return sum(engine["lanes"] for engine in stats["engines"])
+        return json.loads(stub.Stats(control_pb2.StatsRequest(), timeout=PATIENCE_S).json)["stats"]
+
+
+def lanes(sidecar: Sidecar) -> int:
+    """Lanes a sidecar says are open."""
+    return sum(engine["lanes"] for engine in stats(sidecar)["engines"])
+
+
+def counted_rows(sidecar: Sidecar) -> int:
+    """Rows read under its newest plan, and under others while they were that."""
+    return sum(table["rows"] for table in stats(sidecar)["tables"])
 
 
 def held(sidecar: Sidecar) -> tuple[int, int]:

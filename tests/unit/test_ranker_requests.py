@@ -304,17 +304,20 @@ def test_a_wrong_setting_is_refused_by_name(key: str, value: str, said: str) -> 
 
 
 def test_stage_times_are_handed_out_once() -> None:
-    times = StageTimes(sidecars=2)
+    times = StageTimes()
     lookup = np.arange(18).reshape(3, 6) * 1000
-    for _ in range(2):
-        times.add(requests=3, samples=30, tensors_in_ns=1000, lookup=lookup, dense_ns=5000, tensors_out_ns=2000)
+    for sidecars in (("a", "b"), ("a", "b"), ("c", "b")):  # the plan changes
+        times.add(
+            requests=3, samples=30, tensors_in_ns=1000, lookup=lookup.copy(), sidecars=sidecars, dense_ns=5000, tensors_out_ns=2000
+        )
     times.add_error("REJECTED")
     taken = times.take()
-    assert taken["executes", "", ""] == 2
-    assert taken["requests", "", ""] == 6
-    assert taken["stage_seconds", "dense", ""] == pytest.approx(1e-5)
-    assert taken["stage_seconds", "merge", ""] == pytest.approx(2 * 2e-6)
-    assert taken["sidecar_stage_seconds", "1", "pool"] == pytest.approx(2 * 14e-6)
-    assert taken["sidecar_bytes", "0", "response"] == 2 * 11_000
+    assert taken["executes", "", ""] == 3
+    assert taken["requests", "", ""] == 9
+    assert taken["stage_seconds", "dense", ""] == pytest.approx(1.5e-5)
+    assert taken["stage_seconds", "merge", ""] == pytest.approx(3 * 2e-6)
+    assert taken["sidecar_stage_seconds", "b", "pool"] == pytest.approx(3 * 14e-6)
+    assert taken["sidecar_bytes", "a", "response"] == 2 * 11_000
+    assert taken["sidecar_bytes", "c", "response"] == 11_000
     assert taken["errors", "REJECTED", ""] == 1
     assert times.take() == {}

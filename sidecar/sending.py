@@ -1,0 +1,58 @@
+"""`Fetch`: this sidecar's rows for another one."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+
+import grpc
+
+from sidepool.sidecar import logs
+from sidepool.sidecar.pacing import Pacer
+from sidepool.sidecar.serving import Serving
+from sidepool.sidecar.stored import Part, find_shard, read_part
+from sidepool.wire.checksum import crc32c
+from sidepool.wire.control_pb2 import FetchChunk, FetchRequest
+from sidepool.wire.errors import ConfigError, Overloaded, PlanError
+
+# Each holds one of the few threads of the control plane for as long as it lasts.
+MAX_STREAMS = 2
+
+
+class Sender:
+    """Streams parts of served shards, all of them together at a bounded rate. Called on gRPC's threads."""
+
+    def __init__(self, serving: Serving, bytes_per_s: float) -> None:
+        """bytes_per_s: where a request names no rate."""
+        self._serving = serving
+        self._bytes_per_s = bytes_per_s
+        self._pacer = Pacer()
+        self._free = threading.BoundedSemaphore(MAX_STREAMS)
+
+    def stream(self, request: FetchRequest, context: grpc.ServicerContext) -> Iterator[FetchChunk]:
+        """The rows asked for; raises `PlanError`, `ConfigError`, `ShardCorrupt`, and `Overloaded` beyond `MAX_STREAMS`."""
+        published = self._serving.held(request.plan_fingerprint)
+        if published is None:
+            raise PlanError(f"plan_fingerprint: found {request.plan_fingerprint[:16]!r}…; allowed: one that this sidecar answers")
+        rows = (request.first_row, request.first_row + request.rows)
+        part = Part(request.table, rows, (request.first_column, request.first_column + request.columns))
+        shard = find_shard(published, part)
+        if shard.row_format == "int4" and part.columns[0] % 2:
+            raise PlanError(f"first_column: found {part.columns[0]}; allowed: an even one (int4 stores two values a byte)")
+        if not request.bytes_per_s >= 0:
+            raise ConfigError(f"bytes_per_s: found {request.bytes_per_s}; allowed: above 0, or 0 for move_bytes_per_s")
+        rate = request.bytes_per_s or self._bytes_per_s
+        if not self._free.acquire(blocking=False):
+            raise Overloaded(f"sidecar {self._serving.name!r} sends to {MAX_STREAMS} others already")
+        if not context.add_callback(self._free.release):  # over already
+            self._free.release()
+            return
+        logs.log(logging.DEBUG, "sending rows", part=str(part), peer=context.peer())
+        digest = 0
+        for row, block in read_part(published, shard, part):
+            self._pacer.wait(block.nbytes, rate)
+            checksum = crc32c(block)
+            digest = crc32c(checksum.to_bytes(4, "little"), digest)
+            yield FetchChunk(first_row=row, rows=block.tobytes(), crc32c=checksum)
+        yield FetchChunk(first_row=rows[1], crc32c=digest, shard_crc32c=shard.crc32c, last=True)

@@ -1,0 +1,79 @@
+"""Which files a change of plans replaces, in what order, and what it says when it lacks something."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sidepool.__main__ import main
+from sidepool.partition.apply_command import find_places
+from sidepool.wire.errors import PlanError
+from sidepool.wire.plan import Feature, Plan, Shard, SidecarAddress, Table, load_plan, save_plan
+
+
+def plan_of(epoch: int, model: str = "m") -> Plan:
+    return Plan(
+        epoch=epoch,
+        model=model,
+        tables=(Table(name="t", rows=4, dim=2),),
+        features=(Feature(name="f", table="t"),),
+        sidecars=(SidecarAddress(name="s", address="127.0.0.1:1"),),
+        shards=(Shard(table="t", sidecar="s", rows=(0, 4), columns=(0, 2)),),
+    )
+
+
+def write(directory: Path, *copies: str) -> list[Path]:
+    """`plan.yaml` of epoch 1, and copies of it in the model repository."""
+    paths = [directory / "plan.yaml", *(directory / "model_repository" / copy / "plan.yaml" for copy in copies)]
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_plan(plan_of(1), path)
+    return paths
+
+
+def epochs(paths: list[Path]) -> list[int]:
+    return [load_plan(path).epoch for path in paths]
+
+
+def test_copies_of_the_plan_change_with_it_and_other_models_plans_do_not(tmp_path: Path) -> None:
+    root, first, second, other = write(tmp_path, "m/1", "m/2", "n/1")
+    save_plan(plan_of(7, "n"), other)
+    places = find_places([tmp_path], plan_of(2))
+    assert [getattr(source, "path", None) for source in places.sources] == [first, second, root]  # what counts comes last
+    save_plan(plan_of(2), first)  # an earlier try came this far
+    again = find_places([tmp_path], plan_of(2))
+    assert again.read().epoch == 1
+    again.replace(plan_of(1), plan_of(2))
+    assert epochs([root, first, second, other]) == [2, 2, 2, 7]
+
+
+def test_what_one_place_refuses_no_place_keeps(tmp_path: Path) -> None:
+    root, first, second = write(tmp_path, "m/1", "m/2")
+    places = find_places([tmp_path], plan_of(2))
+    save_plan(plan_of(9), second)  # somebody else changed it
+    with pytest.raises(PlanError, match="epoch: found 9, another plan; allowed: 1"):
+        places.replace(plan_of(1), plan_of(2))
+    assert epochs([root, first, second]) == [1, 1, 9]
+
+
+def test_several_deployments_end_with_the_first(tmp_path: Path) -> None:
+    paths = [write(tmp_path / name)[0] for name in ("a", "b", "c")]
+    places = find_places([tmp_path / "a", paths[1], tmp_path / "c"], None)
+    assert [getattr(source, "path", None) for source in places.sources] == [paths[1], paths[2], paths[0]]
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["deploy"], "allowed: one plan, --inventory FILE"),
+        (["apply", "next.yaml"], "apply: --deployment: missing"),
+        (["apply", "--deployment", "deploy"], "apply: found []; allowed: one plan"),
+        (["rollback", "next.yaml", "--deployment", "deploy"], "rollback: found ['next.yaml']; allowed: no plan"),
+        (["apply", "next.yaml", "--deployment", "deploy", "--bytes-per-s", "-1"], "bytes-per-s: found -1.0"),
+        (["apply", "none.yaml", "--deployment", "none"], "none.yaml: cannot be read"),
+    ],
+)
+def test_the_command_says_what_it_lacks(words: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *words]) == 2
+    assert complaint in capsys.readouterr().err
