@@ -72,6 +72,6 @@ class Coordination(Frozen):
         """A client of the cluster; nothing is asked yet. Raises `ConfigError` for files that cannot be read."""
         return Etcd(self.etcd, self.tls.credentials() if self.tls is not None else None)
 
-    def plan_source(self, fallback: Path | None = None) -> EtcdPlanSource:
+    def plan_source(self, fallback: Path | str | None = None) -> EtcdPlanSource:
         """The plan in etcd; `fallback`: the file that holds where etcd has none, or cannot be reached at start."""
-        return EtcdPlanSource(self.connect(), self.prefix, fallback)
+        return EtcdPlanSource(self.connect(), self.prefix, None if fallback is None else Path(fallback))
