@@ -15,6 +15,7 @@ from sidepool.bench.processes import Sidecar, running_sidecars
 from sidepool.bench.triton_server import TritonServer, free_ports
 from sidepool.partition import PartitionReport, partition_model
 from sidepool.partition.triton_config import TritonOptions
+from sidepool.wire.plan import OnMissingShard
 
 if TYPE_CHECKING:
     from torch import nn
@@ -42,6 +43,7 @@ def deployed(
     logs: Path | None = None,
     lane: str = "shm",
     sidecars: int = 2,
+    on_missing_shard: OnMissingShard = OnMissingShard.FAIL,
     step: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Deployment]:
     """Partition `model` into `directory` (replaced), start its sidecars and Triton; everything is stopped on the way out.
@@ -58,6 +60,7 @@ def deployed(
         name=DISAGGREGATED,
         sidecars=sidecars,
         addresses=[f"127.0.0.1:{port}" for port in free_ports(sidecars)],
+        on_missing_shard=on_missing_shard,
         triton=TritonOptions(lane=lane, torch_threads=dense_threads()),
     )
     logs = logs or work_dir / "logs"

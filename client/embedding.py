@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -112,6 +112,7 @@ class EmbeddingClient:
         rdma_engines: int = 1,
         pooling: PoolingPlace = "sidecar",
         hedge_budget: float = 0.0,
+        address_of: Callable[[str], str | None] | None = None,
     ) -> Self:
         """Connect to every sidecar of `plan` (or map its shards, with `lane="local"`).
 
@@ -129,6 +130,7 @@ class EmbeddingClient:
         pooling: `sidecar`: each sidecar pools the rows it holds; `ranker`: rows travel and are pooled here (for comparison).
         hedge_budget: share of subrequests that may be sent to a second replica once the first takes longer than its 95th
           percentile; 0: only when it has failed, or taken half of the budget.
+        address_of: where a sidecar is now, by name (`EtcdMembers.address`); None from it, or None: where the plan has it.
 
         Raises `TransportError` (a sidecar is down, named), `PlanError` (it serves another plan), `ShardCorrupt`, `ConfigError`.
         """
@@ -153,6 +155,7 @@ class EmbeddingClient:
             rdma_engines=rdma_engines,
             pooling=pooling,
             hedge_budget=hedge_budget,
+            address_of=address_of,
         )
         return cls(plan, options, spin_us=spin_us, fixed_columns=fixed_columns, source=None if lane == "local" else source)
 

@@ -11,6 +11,7 @@ import random
 import socket
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,6 +83,8 @@ class LaneOptions:
     rdma_engines: int = 1
     pooling: PoolingPlace = "sidecar"
     hedge_budget: float = 0.0
+    address_of: Callable[[str], str | None] | None = None
+    """Where a sidecar is now, by its name; None, or a None from it: where the plan has it. Any thread calls it."""
 
     def __post_init__(self) -> None:
         if self.lane not in get_args(Lane):
@@ -210,14 +213,20 @@ class Lanes:
                 break
         return fault
 
+    def _address(self, sidecar: int) -> str:
+        """Where a sidecar is now, as far as anybody says so; else where the plan has it."""
+        known = self._plan.sidecars[sidecar]
+        found = self._options.address_of(known.name) if self._options.address_of is not None else None
+        return found or known.address
+
     def _candidates(self, sidecar: int) -> tuple[Lane, ...]:
         if self._options.lane != "auto":
             return (self._options.lane,)
-        host, _ = split_address(self._plan.sidecars[sidecar].address)
+        host, _ = split_address(self._address(sidecar))
         return ("shm", "tcp") if is_this_host(host) else ("tcp",)
 
     def _attach(self, sidecar: int, lane: Lane, timeout_s: float) -> None:
-        peer, address = self._peers[sidecar], self._plan.sidecars[sidecar].address
+        peer, address = self._peers[sidecar], self._address(sidecar)
         channel = self._open_channel(address)
         kept = False
         try:

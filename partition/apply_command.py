@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from sidepool.partition.apply import Places, Show, apply, rollback, undo
+from sidepool.partition.etcd_command import coordination_of
 from sidepool.wire.control_channel import ClientTls
 from sidepool.wire.control_pb2 import MoveReply
 from sidepool.wire.errors import ConfigError
 from sidepool.wire.model import PLAN_FILE
 from sidepool.wire.plan import Plan, load_plan
-from sidepool.wire.plan_source import FilePlanSource
+from sidepool.wire.plan_source import FilePlanSource, PlanSource
 
 ACTIONS = ("apply", "rollback")
 
@@ -25,20 +26,25 @@ def run(action: str, words: Sequence[str], args: argparse.Namespace) -> int:
     """Run one action; raises `ConfigError`, `PlanError`, `TransportError`, `ShardCorrupt`."""
     if len(words) != (action == "apply"):
         raise ConfigError(f"{action}: found {list(words)}; allowed: {'one plan' if action == 'apply' else 'no plan'}")
-    if not args.deployment:
-        raise ConfigError(f"{action}: --deployment: missing; allowed: the directory or plan file that rankers read")
+    if not args.deployment and not args.etcd:
+        raise ConfigError(f"{action}: found neither --deployment nor --etcd; allowed: where rankers read the plan")
     if not args.bytes_per_s >= 0:
         raise ConfigError(f"bytes-per-s: found {args.bytes_per_s}; allowed: above 0")
+    with closing(coordination_of(args).plan_source()) if args.etcd else nullcontext() as etcd:
+        return _change(action, words, args, etcd)
+
+
+def _change(action: str, words: Sequence[str], args: argparse.Namespace, etcd: PlanSource | None) -> int:
     tls = ClientTls(args.ca, args.cert, args.key)
     if action == "rollback":
-        places = find_places(args.deployment, None)
+        places = find_places(args.deployment or (), None, etcd)
         new = places.read()
         old = rollback(places, tls)
         print(f"plan epoch {old.epoch} is in place again; epoch {new.epoch} is answered for previous_epoch_s more")
         _say_leaving(new, old)
         return 0
     new = load_plan(_plan_file(Path(words[0])))
-    places = find_places(args.deployment, new)
+    places = find_places(args.deployment or (), new, etcd)
     if args.undo:
         undo(places, new, tls)
         print(f"nothing is left of plan epoch {new.epoch}")
@@ -54,19 +60,22 @@ def run(action: str, words: Sequence[str], args: argparse.Namespace) -> int:
     return 0
 
 
-def find_places(deployment: Sequence[Path], new: Plan | None) -> Places:
-    """The plan files of a deployment: those given, or in a directory `plan.yaml` and its copies in `model_repository`.
+def find_places(deployment: Sequence[Path], new: Plan | None, etcd: PlanSource | None = None) -> Places:
+    """The plan files of a deployment: those given, or in a directory `plan.yaml` and its copies in `model_repository`. What counts
+    is the plan in `etcd`, or without it the first file.
 
     Copies of another plan, such as those of other model versions, are not the deployment's.
     """
-    sources = []
+    sources: list[PlanSource] = []
     for path in deployment:
         root = _plan_file(path)
         ours = {load_plan(root).fingerprint, *((new.fingerprint,) if new is not None else ())}
         copies = sorted(path.glob(f"model_repository/*/*/{PLAN_FILE}")) if path.is_dir() else []
         sources += [FilePlanSource(copy) for copy in copies if load_plan(copy).fingerprint in ours]
         sources.append(FilePlanSource(root))
-    first = sources.index(next(s for s in sources if s.path == _plan_file(deployment[0])))
+    if etcd is not None:
+        return Places([*sources, etcd])
+    first = next(i for i, s in enumerate(sources) if isinstance(s, FilePlanSource) and s.path == _plan_file(deployment[0]))
     return Places([*sources[:first], *sources[first + 1 :], sources[first]])
 
 

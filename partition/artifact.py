@@ -26,7 +26,7 @@ from sidepool.partition.triton_config import SHIM, TritonOptions, config_text
 from sidepool.wire.durable import sync
 from sidepool.wire.errors import CutError
 from sidepool.wire.model import MODEL_FILE, PLAN_FILE, save_model
-from sidepool.wire.plan import Plan, SidecarAddress, Table, save_plan
+from sidepool.wire.plan import OnMissingShard, Plan, SidecarAddress, Table, save_plan
 from sidepool.wire.sharding import PlacedShard
 from sidepool.wire.shards import ShardManifest, save_manifest
 
@@ -113,7 +113,8 @@ def _write_repository(
 ) -> None:
     version = directory / "1"
     version.mkdir(parents=True)
-    (directory / "config.pbtxt").write_text(config_text(report.model, options), encoding="utf-8")
+    text = config_text(report.model, options, degraded=report.plan.on_missing_shard is OnMissingShard.DEGRADE)
+    (directory / "config.pbtxt").write_text(text, encoding="utf-8")
     (version / "model.py").write_text(SHIM, encoding="utf-8")
     shutil.copyfile(plan, version / PLAN_FILE)
     save_model(report.model, version / MODEL_FILE)

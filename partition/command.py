@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from sidepool.wire.errors import CutError
-from sidepool.wire.plan import RowFormat
+from sidepool.wire.plan import OnMissingShard, RowFormat
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,6 +56,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=1,
         metavar="N",
         help="plan epoch; raise it when replacing an artifact in service (default: 1)",
+    )
+    parser.add_argument(
+        "--on-missing-shard",
+        type=OnMissingShard,
+        choices=tuple(OnMissingShard),
+        default=OnMissingShard.FAIL,
+        help="a lookup whose sidecar is lost fails, or goes on without its rows and names the features (default: fail)",
     )
     _add_cut_arguments(parser)
 
@@ -124,6 +131,7 @@ def _partition(args: argparse.Namespace) -> int:
         addresses=args.address,
         row_format=args.row_format,
         epoch=args.epoch,
+        on_missing_shard=args.on_missing_shard,
         triton=TritonOptions(max_batch=args.max_batch, instance_kind=args.instance_kind, lane=args.lane),
         gpu_table_bytes=args.gpu_table_bytes,
         sidecar_bytes=args.sidecar_bytes,

@@ -28,7 +28,7 @@ from sidepool.partition.verify import verify_cut
 from sidepool.wire.config import decode
 from sidepool.wire.errors import PlanError
 from sidepool.wire.model import DenseProgram, FeatureSource, FixedSource, IndexProgram, JaggedSource, ModelSpec, OutputDtype
-from sidepool.wire.plan import Feature, Plan, Pooling, RowFormat, Table
+from sidepool.wire.plan import Feature, OnMissingShard, Plan, Pooling, RowFormat, Table
 
 DENSE_FILE, INDEX_FILE = "dense.pt2", "index.pt2"
 # What a bag costs beside reading its rows, in rows: its vector is written by the sidecar, then read and written by the merge.
@@ -46,6 +46,7 @@ def partition_model(
     addresses: Sequence[str] | None = None,
     row_format: RowFormat | str | None = None,
     epoch: int = 1,
+    on_missing_shard: OnMissingShard = OnMissingShard.FAIL,
     triton: TritonOptions | None = None,
     link: str = DEFAULT_LINK,
     objective: Objective = "latency",
@@ -61,6 +62,7 @@ def partition_model(
     row_format: how rows are stored; default: as the model has them (float32, float16 or bfloat16).
     addresses: `host:port` of every sidecar's control plane; default: 127.0.0.1, ports from 50151.
     epoch: of the plan; give a higher one when an artifact replaces another that is being served.
+    on_missing_shard: whether a lookup whose sidecar is lost fails, or goes on without its rows and names the features.
     link, cpu, gpu: hardware profiles that the cut is costed for (docs/partition.md); cpu and gpu may be calibrated files.
     objective: what the cut makes least: a request's latency, work per request (throughput), or the GPU's share of it (gpu_cost).
     gpu_table_bytes: tables of up to so many bytes in all may stay with the dense program where that is cheaper.
@@ -84,7 +86,7 @@ def partition_model(
     error = max(difference for difference, _ in verified)
     names = feature_names(cut.lookups)
     ids = {feature: _ids_per_bag(captured, lookup) for feature, lookup in zip(names, cut.lookups, strict=True)}
-    plan = _plan(name, cut, names, ids, sidecars, addresses, stored_as or RowFormat(own_dtype), epoch)
+    plan = _plan(name, cut, names, ids, sidecars, addresses, stored_as or RowFormat(own_dtype), epoch, on_missing_shard)
     check_memory(plan, sidecar_bytes)
     spec = _spec(name, captured, cut, names, own_dtype)
     programs = {DENSE_FILE: program_bytes(cut.dense)}
@@ -121,6 +123,7 @@ def _plan(
     addresses: Sequence[str] | None,
     row_format: RowFormat,
     epoch: int,
+    on_missing_shard: OnMissingShard,
 ) -> Plan:
     weights: dict[str, Tensor] = {}
     loads: dict[str, float] = {}
@@ -140,7 +143,9 @@ def _plan(
         for f, x in zip(names, cut.lookups, strict=True)
     ]
     looked_up = [decode(f, Feature, where=f"feature {f['name']}", error=PlanError) for f in features]
-    return make_plan(name, sized, looked_up, loads, sidecars=sidecars, addresses=addresses, epoch=epoch)
+    return make_plan(
+        name, sized, looked_up, loads, sidecars=sidecars, addresses=addresses, epoch=epoch, on_missing_shard=on_missing_shard
+    )
 
 
 def _spec(name: str, captured: Captured, cut: Cut, names: Sequence[str], pooled_dtype: OutputDtype) -> ModelSpec:

@@ -8,6 +8,8 @@ from pathlib import Path
 import yaml
 
 from sidepool.partition import apply_command
+from sidepool.partition.etcd_command import add_etcd_arguments
+from sidepool.partition.helm_values import helm_values
 from sidepool.partition.inventory import Inventory, load_inventory
 from sidepool.partition.plan_report import report
 from sidepool.partition.replan import STRATEGIES, assumed_access, replan
@@ -36,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--print", action="store_true", help="print what every sidecar holds and does, and the latency to expect")
     parser.add_argument("--out", type=Path, metavar="FILE", help="where to write the new plan")
     parser.add_argument("--write", type=Path, metavar="DIR", help="where to write plan, shards and configurations; must not exist")
+    parser.add_argument("--helm-values", type=Path, metavar="FILE", help="where to write values for the Helm chart")
     running = parser.add_argument_group("apply and rollback")
     running.add_argument(
         "--deployment",
@@ -44,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="plan file that rankers read, or the directory with it; repeatable",
     )
+    add_etcd_arguments(running)
     running.add_argument("--bytes-per-s", type=float, default=0.0, metavar="N", help="per sidecar (default: its move_bytes_per_s)")
     running.add_argument("--undo", action="store_true", help="give up a change that was interrupted before its plan was in place")
     for file, what_for in (("ca", "authorities of the sidecars' certificates"), ("cert", "own certificate"), ("key", "its key")):
@@ -66,8 +70,10 @@ def run(args: argparse.Namespace) -> int:
     inventory = load_inventory(args.inventory)
     access = load_access(args.profile) if args.profile else assumed_access(old)
     found = replan(old, inventory, access, args.strategy, objective=args.objective, time_limit_s=args.time_limit)
-    if args.print or not (args.out or args.write):
+    if args.print or not (args.out or args.write or args.helm_values):
         print(report(found))
+    if args.helm_values:
+        args.helm_values.write_text(yaml.safe_dump(helm_values(found.plan, inventory), sort_keys=False), encoding="utf-8")
     if args.out:
         save_plan(found.plan, args.out)
     if args.write:

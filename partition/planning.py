@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from sidepool.partition.placement import place_tables
 from sidepool.wire.config import decode
 from sidepool.wire.errors import PlanError
-from sidepool.wire.plan import Feature, Plan, Table, validate_plan
+from sidepool.wire.plan import Feature, OnMissingShard, Plan, Table, validate_plan
 
 # The port that a sidecar takes by default, and the next ones for further sidecars on the same machine.
 FIRST_PORT = 50151
@@ -22,6 +22,7 @@ def make_plan(
     sidecars: int,
     addresses: Sequence[str] | None,
     epoch: int,
+    on_missing_shard: OnMissingShard = OnMissingShard.FAIL,
 ) -> Plan:
     """Place `tables` on `sidecars` by bytes and `loads` (pooling work per sample and table name); raises `PlanError`.
 
@@ -32,6 +33,7 @@ def make_plan(
         {
             "epoch": epoch,
             "model": model,
+            "on_missing_shard": str(on_missing_shard),
             "tables": [t.model_dump(mode="json") for t in tables],
             "features": [f.model_dump(mode="json") for f in features],
             "sidecars": [{"name": f"sidecar-{i}", "address": a} for i, a in enumerate(_addresses(addresses, sidecars))],

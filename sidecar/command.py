@@ -50,6 +50,8 @@ def run(args: argparse.Namespace) -> int:
         logs.start_logging(config.log_level)
         if config.tls is not None:
             server_credentials(config.tls)
+        if config.coordination is not None:
+            config.coordination.connect().close()  # its files are read
         load(config)
         print(f"{args.config}: sidecar {config.name!r} can start")
     else:

@@ -19,6 +19,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from sidepool.wire.config import FormatVersion, Frozen, load_yaml
+from sidepool.wire.coordination import Coordination
 from sidepool.wire.errors import ConfigError
 from sidepool.wire.plan import Name
 from sidepool.wire.rdma import RdmaPath, TrafficClass
@@ -202,6 +203,8 @@ class SidecarConfig(_Documented):
     """Addresses."""
     tls: Tls | None = None
     """TLS for the control plane (grpc lane included). null: plain text, fit for loopback and for meshes that encrypt themselves."""
+    coordination: Coordination | None = None
+    """Where several machines agree on the plan, and list themselves. null: `plan` alone says it."""
     engines: Annotated[int, Field(ge=1, le=256)] = 1
     """Native threads that serve the tcp, shm and rdma lanes. One gathers about as fast as one core can read memory; add engines
     when `engine_busy_seconds_total` nears 1 per second, up to the cores that rankers on the same machine leave free. Those with
@@ -274,7 +277,8 @@ def load_sidecar_config(path: Path) -> SidecarConfig:
             raise ConfigError(f"{path}: listen.unix: found {unix!r}; allowed: at most {MAX_SOCKET_PATH_BYTES} bytes, made absolute")
         listen = listen.model_copy(update={"unix": unix})
     plan = None if config.plan is None else str(base / config.plan)
-    absolute = {"plan": plan, "shards": str(base / config.shards), "tls": tls, "listen": listen}
+    coordination = config.coordination and config.coordination.relative_to(base)
+    absolute = {"plan": plan, "shards": str(base / config.shards), "tls": tls, "listen": listen, "coordination": coordination}
     return config.model_copy(update=absolute)
 
 

@@ -198,6 +198,13 @@ class Mover:
                 for older in self._serving.plans[1:]:
                     self._drop(older, at_once=at_once)
 
+    def in_place(self, plan: Plan) -> None:
+        """The deployment is under `plan` now: where it was prepared here, what it replaces goes, as if `drop` had been asked."""
+        with self._lock:
+            record = self._record_of_present("prepared")
+            if record is not None and record.plan.fingerprint == plan.fingerprint:
+                self.drop(record.replaces, at_once=False)
+
     def _drop(self, published: Published, *, at_once: bool) -> None:
         plans = self._serving.plans
         if len(plans) == 1 and self._record_of_present("prepared", "switched") is None:

@@ -16,7 +16,9 @@ from sidepool.sidecar import logs
 from sidepool.sidecar.balancer import Balancer
 from sidepool.sidecar.config import SidecarConfig, is_wildcard, join_endpoint, load_sidecar_config, split_endpoint
 from sidepool.sidecar.control import ControlPlane
+from sidepool.sidecar.following import InPlace, PlanFollower
 from sidepool.sidecar.loader import Loaded, Loader, LoadFailed, promote
+from sidepool.sidecar.membership import Membership
 from sidepool.sidecar.metrics import MetricsServer
 from sidepool.sidecar.moving import Moved, Mover
 from sidepool.sidecar.numa import place, usable_nodes
@@ -32,6 +34,9 @@ RELOADABLE = {"log_level", "plan", "shards", "verify", "promote"}
 WAKE_S = 1.0
 
 
+Event = Loaded | LoadFailed | Moved | InPlace | signal.Signals
+
+
 class SidecarProcess:
     """One sidecar. Everything happens on the main thread, one event at a time; `run` returns when it is over."""
 
@@ -39,11 +44,12 @@ class SidecarProcess:
         """`ready_file`: where to also write the ready line; removed at exit."""
         self._config_path = config_path
         self._ready_file = ready_file
-        self._events: queue.SimpleQueue[Loaded | LoadFailed | Moved | signal.Signals] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._loader = Loader(self._planned, self._events.put)
         self._reload_wanted = False
         self._loading = False
         self._started = self._listening = self._ready = False
+        self._membership: Membership | None = None
         self._stop_signals = 0
 
     def run(self) -> None:
@@ -98,6 +104,8 @@ class SidecarProcess:
                 if event.mover.adopt(event.published):
                     self._serve(event.published, stack)
                     logs.info("prepared", plan_epoch=event.published.plan.epoch)
+            elif isinstance(event, InPlace):
+                self._hear(event.plan)
             elif event is signal.SIGHUP:
                 self._reload_wanted = True
             else:
@@ -107,7 +115,7 @@ class SidecarProcess:
                 self._reload_wanted = False
                 self._reload()
 
-    def _next_event(self) -> Loaded | LoadFailed | Moved | signal.Signals:
+    def _next_event(self) -> Event:
         # The kernel may give a signal to any thread (one that follows SIGCONT at once, it does); its handler runs when this
         # thread wakes, which nothing but an event or this timeout makes it do.
         while True:
@@ -115,6 +123,7 @@ class SidecarProcess:
                 return self._events.get(timeout=WAKE_S)
             if (gone := self._serving.drop_if_due()) is not None:
                 self._mover.clean(gone)
+                self._list_again()
 
     def _planned(self, plan: Plan) -> None:
         """On the loader's thread: while its shards are loaded, the first plan's model is known and not healthy."""
@@ -171,7 +180,37 @@ class SidecarProcess:
             self._ready = True
             if self._config.balance and self._config.engines > 1:
                 stack.callback(Balancer(self._server).close)
+            self._coordinate(published.plan, stack)
             self._say_ready(published.plan, stack)
+        self._list_again()
+
+    def _coordinate(self, plan: Plan, stack: contextlib.ExitStack) -> None:
+        """Be listed in etcd, and hear from it which plan is in place; neither is needed for serving."""
+        coordination = self._config.coordination
+        if coordination is None:
+            return
+        self._membership = Membership(coordination, self._known_address(plan, self._control.address), self._serving)
+        stack.callback(self._membership.close)
+        stack.callback(PlanFollower(coordination.plan_source(), self._events.put).close)
+
+    def _list_again(self) -> None:
+        """What etcd says of this sidecar has changed."""
+        if self._membership is not None:
+            self._membership.update()
+
+    def _hear(self, plan: Plan) -> None:
+        held = self._serving.held(plan.fingerprint) is not None
+        logs.info("plan in place", plan_epoch=plan.epoch, answered=held, placed=self._config.name in plan.sidecar_index)
+        try:
+            self._mover.in_place(plan)
+        except SidepoolError as e:
+            logs.error("the plan before stays", code=e.code, reason=str(e))
+
+    def _known_address(self, plan: Plan, bound: str) -> str:
+        """A bound `host:port` as others reach it: nobody connects to "every address"; the plan says which one they know."""
+        host, port = split_endpoint(bound)
+        known = split_endpoint(plan.sidecars[plan.sidecar_index[self._config.name]].address)[0]
+        return join_endpoint(known if is_wildcard(host) else host, port)
 
     def _refuse(self, error: Exception) -> None:
         """A load failed: fatal at start, else the old plan goes on being served."""
@@ -197,9 +236,7 @@ class SidecarProcess:
             host, port = split_endpoint(listen.tcp)
             with _as_config_error("listen.tcp", listen.tcp):
                 port = self._server.listen_tcp(host, port, **listen.tcp_credits.native())
-            # Peers cannot connect to "every address"; the plan says under which one they know this machine.
-            known = split_endpoint(plan.sidecars[plan.sidecar_index[self._config.name]].address)[0]
-            addresses["tcp"] = join_endpoint(known if is_wildcard(host) else host, port)
+            addresses["tcp"] = self._known_address(plan, join_endpoint(host, port))
         if listen.rdma is not None:
             with _as_config_error("listen.rdma.path.device", listen.rdma.path.device):
                 addresses["rdma"] = self._server.listen_rdma(listen.rdma.native())
@@ -225,6 +262,7 @@ class SidecarProcess:
 
     def _drain(self) -> None:
         self._serving.begin_drain()
+        self._list_again()
         idle = self._serving.wait_idle(self._config.drain_timeout_s, given_up=lambda: self._stop_signals > 1)
         if not idle:
             logs.error("drain given up", in_flight=self._server.in_flight(), drain_timeout_s=self._config.drain_timeout_s)

@@ -19,6 +19,7 @@ from sidepool.bench.demo import request_for
 from sidepool.bench.deployment import DISAGGREGATED, Deployment, deployed
 from sidepool.bench.models import dlrm
 from sidepool.bench.traffic import Arrays, Caller, infer_inputs
+from sidepool.wire.plan import OnMissingShard
 
 MAX_ROWS = 500
 
@@ -67,7 +68,9 @@ class Served:
 
 
 @contextlib.contextmanager
-def served(*, jagged: bool, directory: Path, lane: str = "shm") -> Iterator[Served]:
+def served(
+    *, jagged: bool, directory: Path, lane: str = "shm", on_missing_shard: OnMissingShard = OnMissingShard.FAIL
+) -> Iterator[Served]:
     """A small DLRM, partitioned over two sidecars, behind a Triton of its own; skips the test where there is none."""
     reason = triton_server.missing()
     if reason is not None:
@@ -75,7 +78,13 @@ def served(*, jagged: bool, directory: Path, lane: str = "shm") -> Iterator[Serv
     model, example_inputs = (dlrm.multi_hot if jagged else dlrm.single_id)(MAX_ROWS, seed=3)
     # The installation is shared with the demo; everything else belongs to the test.
     with deployed(
-        model, example_inputs, directory=directory / "artifact", work_dir=Path("build"), logs=directory, lane=lane
+        model,
+        example_inputs,
+        directory=directory / "artifact",
+        work_dir=Path("build"),
+        logs=directory,
+        lane=lane,
+        on_missing_shard=on_missing_shard,
     ) as deployment:
         caller = Caller(deployment.server.grpc, DISAGGREGATED)
         try:

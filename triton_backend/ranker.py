@@ -10,14 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sidepool.client.dense import DenseGraph
-from sidepool.client.embedding import EmbeddingClient
+from sidepool.client.embedding import EmbeddingClient, PartsResult
 from sidepool.client.index_program import FeatureRouter
 from sidepool.triton_backend.incoming import Incoming, Reader
 from sidepool.triton_backend.settings import Settings
 from sidepool.triton_backend.stages import StageReporter, StageTimes
 from sidepool.wire.errors import DeadlineExceeded, LookupRejected, SidepoolError
-from sidepool.wire.model import MODEL_FILE, PLAN_FILE, TensorSpec, load_model
-from sidepool.wire.plan import load_plan
+from sidepool.wire.etcd_members import EtcdMembers
+from sidepool.wire.model import DEGRADED_OUTPUT, MODEL_FILE, PLAN_FILE, TensorSpec, load_model
+from sidepool.wire.plan import OnMissingShard, Plan
+from sidepool.wire.plan_source import FilePlanSource, PlanSource
 from sidepool.wire.rdma import RdmaPath
 
 # Asking Triton whether a request was cancelled is a message to the server process and back: 50 µs on an idle machine,
@@ -33,7 +35,7 @@ MAX_VIEWS = 1024
 class Ranker:
     """Owned and used by the thread in which Triton calls the model, except for the metrics thread it starts.
 
-    It follows `plan.yaml` of its artifact: where that is replaced, the next lookups are under the new plan.
+    It follows `plan.yaml` of its artifact, or the plan in etcd: where that is replaced, the next lookups are under the new plan.
     """
 
     def __init__(self, settings: Settings, pb_utils: Any) -> None:
@@ -42,20 +44,24 @@ class Ranker:
 
         self._torch, self._pb = torch, pb_utils
         parameters = settings.parameters
-        plan_file = settings.artifact / PLAN_FILE
-        plan = load_plan(plan_file)
+        plan_file, coordination = settings.artifact / PLAN_FILE, settings.coordination
+        source: PlanSource = FilePlanSource(plan_file) if coordination is None else coordination.plan_source(plan_file)
+        self._members = None if coordination is None else EtcdMembers(coordination.connect(), coordination.prefix)
+        plan = source.read()
         model = load_model(settings.artifact / MODEL_FILE, plan)
         router = FeatureRouter(model, plan, settings.artifact)
         self._reader = Reader(model, router, parameters.deadline_ms)
         self._dense = DenseGraph(model, settings.artifact, device=settings.device, threads=parameters.torch_threads or None)
         self._outputs = model.outputs
+        self._names_degraded = DEGRADED_OUTPUT in settings.outputs
+        self._warn_of_unnamed(plan)
         self._width = plan.out_dim
         # Zeroed, so that no request pays for the first touch of its pages.
         self._pooled = self._dense.host_buffer(FIRST_BUFFER_ROWS, self._width).zero_()
         # One pair of views per batch size seen: making them costs 10 µs, most of what one sample's tensors cost.
         self._views: dict[int, tuple[Any, NDArray[Any]]] = {}
         self._client = EmbeddingClient.connect(
-            plan_file,
+            source,
             lane=parameters.lane,
             spin_us=parameters.spin_us,
             shards_dir=settings.shards,
@@ -72,6 +78,7 @@ class Ranker:
             hedge_budget=parameters.hedge_budget,
             fixed_columns=router.fixed_columns,
             name=f"ranker {settings.name}",
+            address_of=None if self._members is None else self._members.address,
         )
         self._times = StageTimes()
         self._reporter = StageReporter(self._times, model=settings.name, version=settings.version, pb_utils=pb_utils)
@@ -80,6 +87,8 @@ class Ranker:
         """Stop reporting and close every lane."""
         self._reporter.close()
         self._client.close()
+        if self._members is not None:
+            self._members.close()
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """One response per request, in order; a request that cannot be scored gets an error of its own. Never raises."""
@@ -108,7 +117,7 @@ class Ranker:
         samples = sum(incoming.samples for incoming in accepted)
         if samples == 0:
             for incoming in accepted:
-                responses[incoming.position] = self._answer([_empty(spec) for spec in self._outputs])
+                responses[incoming.position] = self._answer([_empty(spec) for spec in self._outputs], 0, ())
             return
         pooled, pooled_array = self._pooled_rows(samples)
         inputs = self._merged_inputs(accepted)
@@ -123,7 +132,7 @@ class Ranker:
         dense_ns = time.perf_counter_ns()
         outputs = [tensor.numpy() for tensor in self._dense.run(pooled, result.sequences, inputs)]
         out_ns = time.perf_counter_ns()
-        self._respond(accepted, result.errors, outputs, responses, out_ns - begin_ns)
+        self._respond(accepted, result, outputs, responses, out_ns - begin_ns)
         self._times.add(
             requests=len(accepted),
             samples=samples,
@@ -137,28 +146,40 @@ class Ranker:
     def _respond(
         self,
         accepted: list[Incoming],
-        errors: Sequence[SidepoolError | None],
+        result: PartsResult,
         outputs: list[NDArray[Any]],
         responses: list[Any],
         elapsed_ns: int,
     ) -> None:
         """Hand every request its rows, or its error."""
         at = 0
-        for incoming, error in zip(accepted, errors, strict=True):
+        for incoming, error in zip(accepted, result.errors, strict=True):
             end = at + incoming.samples
             if error is None and elapsed_ns > incoming.budget_ns:
                 error = DeadlineExceeded(f"scored after {elapsed_ns / 1e6:.1f} ms; the budget was {incoming.budget_ns / 1e6:g} ms")
             if error is not None:
                 responses[incoming.position] = self._refusal(error)
             else:
-                responses[incoming.position] = self._answer([output[at:end] for output in outputs])
+                responses[incoming.position] = self._answer(
+                    [output[at:end] for output in outputs], incoming.samples, result.degraded
+                )
             at = end
 
-    def _answer(self, outputs: list[NDArray[Any]]) -> Any:
+    def _warn_of_unnamed(self, plan: Plan) -> None:
+        if plan.on_missing_shard is OnMissingShard.DEGRADE and not self._names_degraded:
+            self._pb.Logger.log_warn(
+                f"sidepool: plan: on_missing_shard is degrade, but config.pbtxt declares no output {DEGRADED_OUTPUT!r}: "
+                "callers are not told which features lost rows"
+            )
+
+    def _answer(self, outputs: list[NDArray[Any]], samples: int, degraded: Sequence[str]) -> Any:
         jagged = self._reader.jagged
         tensors = [
             self._pb.Tensor(spec.name, rows[None] if jagged else rows) for spec, rows in zip(self._outputs, outputs, strict=True)
         ]
+        if self._names_degraded:
+            names = ",".join(degraded).encode()
+            tensors.append(self._pb.Tensor(DEGRADED_OUTPUT, np.full((1 if jagged else samples, 1), names, np.object_)))
         return self._pb.InferenceResponse(tensors)
 
     def _refusal(self, error: Exception) -> Any:

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from sidepool.client.lanes import TlsFiles
 from sidepool.wire.config import Frozen, decode
+from sidepool.wire.coordination import Coordination
 from sidepool.wire.errors import ConfigError
 
 # Parameters that belong to Triton's Python backend or to whoever wrote the repository.
@@ -56,6 +57,17 @@ class RankerParameters(Frozen):
     """This ranker's own certificate chain, for sidecars that ask for one (mutual TLS)."""
     tls_key: str = ""
     """The private key of `tls_cert`."""
+    etcd: str = ""
+    """Endpoints of etcd, `host:port` separated by commas: the plan is followed there, and `plan.yaml` holds until it has one."""
+    etcd_prefix: str = ""
+    """Where the deployment's keys lie in etcd."""
+    etcd_ca: str = ""
+    """PEM file of the authorities that sign etcd's certificates; given, etcd is spoken to under TLS. Like the next two, absolute or
+    relative to the version directory."""
+    etcd_cert: str = ""
+    """This ranker's own certificate chain towards etcd."""
+    etcd_key: str = ""
+    """The private key of `etcd_cert`."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +79,11 @@ class Settings:
     artifact: Path
     shards: Path | None
     tls: TlsFiles | None
+    coordination: Coordination | None
     device: str
     """`cpu`, or `cuda:N` where the instance kind is GPU."""
+    outputs: frozenset[str]
+    """Names of the outputs that config.pbtxt declares."""
     parameters: RankerParameters
 
 
@@ -86,7 +101,9 @@ def read_settings(args: dict[str, str]) -> Settings:
         artifact=version / parameters.artifact,
         shards=version / parameters.shards if parameters.shards else None,
         tls=_tls(parameters, version, where),
+        coordination=_coordination(parameters, version, where),
         device=f"cuda:{args['model_instance_device_id']}" if gpu else "cpu",
+        outputs=frozenset(output["name"] for output in config.get("output", [])),
         parameters=parameters,
     )
 
@@ -96,6 +113,18 @@ def _tls(parameters: RankerParameters, version: Path, where: str) -> TlsFiles | 
     if ca is None and (cert or key):
         raise ConfigError(f"{where}: tls_ca: missing; tls_cert and tls_key go with it")
     return TlsFiles(ca=ca, cert=cert, key=key) if ca is not None else None
+
+
+def _coordination(parameters: RankerParameters, version: Path, where: str) -> Coordination | None:
+    files = {name: getattr(parameters, f"etcd_{name}") for name in ("ca", "cert", "key")}
+    if not parameters.etcd:
+        if parameters.etcd_prefix or any(files.values()):
+            raise ConfigError(f"{where}: etcd: missing; etcd_prefix, etcd_ca, etcd_cert and etcd_key go with it")
+        return None
+    content: dict[str, Any] = {"etcd": [e.strip() for e in parameters.etcd.split(",")], "prefix": parameters.etcd_prefix}
+    if any(files.values()):
+        content["tls"] = {name: file for name, file in files.items() if file}
+    return decode(content, Coordination, where=f"{where}: etcd").relative_to(version)
 
 
 def _typed(name: str, text: str, where: str) -> Any:

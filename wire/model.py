@@ -60,6 +60,11 @@ class FeatureSource(Frozen):
     source: Annotated[FixedSource | JaggedSource, Field(discriminator="kind")]
 
 
+# In Triton, of models whose plan degrades: names of the features that lost rows, separated by commas, or an empty string;
+# one per sample, or per request where requests bring jagged ids.
+DEGRADED_OUTPUT = "degraded"
+
+
 class IndexProgram(Frozen):
     """Index arithmetic that is more than slicing columns: a `torch.export` program, run on the ranker's CPU."""
 

@@ -17,6 +17,8 @@ COMMANDS = {
     "plan": ("sidepool.partition.plan_command", "place the tables of a plan on an inventory of machines, and write its shards"),
     "profile": ("sidepool.sidecar.profile", "how often running sidecars' tables are asked, as the planner reads it"),
     "sidecar": ("sidepool.sidecar.command", "serve shards on a CPU node"),
+    "etcd": ("sidepool.partition.etcd_command", "put a deployment's plan into etcd; show it, and the sidecars that are there"),
+    "probe": ("sidepool.probe", "whether a model in Triton answers: one tiny inference, for Kubernetes"),
     "demo": ("sidepool.bench.demo_command", "the whole way on this machine: partition, serve, compare scores, measure"),
     "doctor": ("sidepool.doctor", "what this machine offers, and what to do about the rest"),
     "bench": ("sidepool.bench.command", "side-by-side benchmarks"),

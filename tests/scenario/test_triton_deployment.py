@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
+import numpy as np
 import pytest
+from etcd_server import PREFIX, etcd_server
 from served_dlrm import Served, served
 
 from sidepool.bench.deployment import DISAGGREGATED
 from sidepool.bench.stage_table import between, snapshot
-from sidepool.bench.traffic import infer_inputs
+from sidepool.bench.traffic import Caller, infer_inputs
 from sidepool.bench.triton_server import SHM, TritonServer, missing, processes_of_group
+from sidepool.probe import probe
 from sidepool.wire.errors import TransportError
+from sidepool.wire.plan import load_plan
 
 pytestmark = pytest.mark.triton
 
@@ -103,21 +109,30 @@ def test_cancelled_requests_leave_the_server_serving(running: Served) -> None:
 def test_a_wrong_parameter_stops_the_model_from_loading_and_is_named(
     running: Served, tmp_path: Path, key: str, value: str, said: str
 ) -> None:
-    source = running.deployment.server.repository / DISAGGREGATED
-    model = tmp_path / "repository" / DISAGGREGATED
-    (model / "1").mkdir(parents=True)
-    for file in (source / "1").iterdir():
-        if file.is_file():
-            (model / "1" / file.name).symlink_to(file)
-    lines = [line for line in (source / "config.pbtxt").read_text().splitlines() if f'key: "{key}"' not in line]
-    lines.append(f'parameters {{ key: "{key}" value {{ string_value: "{value}" }} }}')
-    (model / "config.pbtxt").write_text("\n".join(lines) + "\n")
+    copy_model(running, tmp_path / "repository", **{key: value})
     with (
         pytest.raises(TransportError) as failed,
         TritonServer(tmp_path / "repository", work_dir=Path("build"), log=tmp_path / "triton.log"),
     ):
         pass
     assert said in str(failed.value) + (tmp_path / "triton.log").read_text()
+
+
+def test_a_ranker_takes_its_plan_from_etcd(running: Served, tmp_path: Path) -> None:
+    plan = load_plan(running.deployment.server.repository.parent / "plan.yaml")
+    with etcd_server(tmp_path / "etcd") as etcd:
+        with closing(etcd.settings().plan_source()) as source:
+            source.publish(plan)
+        copy_model(running, tmp_path / "repository", etcd=etcd.endpoint, etcd_prefix=PREFIX)
+        (tmp_path / "repository" / DISAGGREGATED / "1" / "plan.yaml").unlink()
+        with TritonServer(tmp_path / "repository", work_dir=Path("build"), log=tmp_path / "triton.log") as server:
+            caller = Caller(server.grpc, DISAGGREGATED)
+            with closing(caller):
+                scores = caller.infer(infer_inputs(running.request(3, 7)))
+                np.testing.assert_allclose(scores, running.expected(3, 7), atol=1e-5)
+                etcd.kill()
+                scores = caller.infer(infer_inputs(running.request(3, 8)))
+                np.testing.assert_allclose(scores, running.expected(3, 8), atol=1e-5)
 
 
 def test_a_server_leaves_nothing_behind_when_its_block_fails(running: Served, tmp_path: Path) -> None:
@@ -185,4 +200,63 @@ def processes_naming(path: Path) -> list[str]:
             continue  # ended meanwhile
         if str(path) in words:
             found.append(words)
+    return found
+
+
+def test_the_probe_explains_what_it_was_asked_wrongly(running: Served) -> None:
+    ran = subprocess.run(probe_command(running.deployment.server, "--timeout", "0"), capture_output=True, text=True)
+    assert ran.returncode == 2
+    assert "timeout: found 0.0; allowed: seconds above 0" in ran.stderr
+    with pytest.raises(TransportError, match="127"):
+        probe("127.0.0.1:1", DISAGGREGATED, PATIENCE_S)
+
+
+def test_the_liveness_probe_fails_once_the_models_process_is_gone_and_not_before(running: Served) -> None:
+    """The last test of the deployment: Triton does not start a model's process again."""
+    server, sidecar = running.deployment.server, running.deployment.sidecars[1]
+    running.check_serving()
+    assert probe(server.http, DISAGGREGATED, PATIENCE_S) == f"{DISAGGREGATED}: scores"
+    sidecar.kill()
+    assert "[TRANSPORT]" in probe(server.http, DISAGGREGATED, PATIENCE_S), "a lost sidecar is no reason to restart Triton"
+    sidecar.start()
+    sidecar.wait_ready()
+    with pytest.raises(TransportError, match="unknown model"):
+        probe(server.http, "another", PATIENCE_S)
+    for stub in stubs_of(server, DISAGGREGATED):
+        os.kill(stub, signal.SIGKILL)
+    server.get_json("/v2/health/ready")  # Triton itself notices nothing: this raises unless the answer is 200
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        ran = subprocess.run(probe_command(server, "--timeout", "5"), capture_output=True, text=True)
+        if ran.returncode != 0 or time.monotonic() > deadline:
+            break
+    assert ran.returncode == 2
+    assert "[TRANSPORT]" in ran.stderr
+
+
+def copy_model(running: Served, repository: Path, **parameters: str) -> None:
+    """A repository with the deployment's model, some of its parameters set anew."""
+    source, model = running.deployment.server.repository / DISAGGREGATED, repository / DISAGGREGATED
+    (model / "1").mkdir(parents=True)
+    for file in (source / "1").iterdir():
+        if file.is_file():
+            (model / "1" / file.name).symlink_to(file)
+    lines = (source / "config.pbtxt").read_text().splitlines()
+    lines = [line for line in lines if not any(f'key: "{key}"' in line for key in parameters)]
+    lines += [f'parameters {{ key: "{key}" value {{ string_value: "{value}" }} }}' for key, value in parameters.items()]
+    (model / "config.pbtxt").write_text("\n".join(lines) + "\n")
+
+
+def probe_command(server: TritonServer, *options: str) -> list[str]:
+    return [sys.executable, "-m", "sidepool", "probe", "--triton", server.http, "--model", DISAGGREGATED, *options]
+
+
+def stubs_of(server: TritonServer, model: str) -> list[int]:
+    """Processes in which Triton runs a model's Python."""
+    found = []
+    for pid in processes_of_group(server.pid):
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
+        if "triton_python_backend_stub" in words and f"/{model}/" in words:
+            found.append(pid)
+    assert found
     return found

@@ -176,6 +176,11 @@ def test_weights_and_single_columns_have_their_triton_shape() -> None:
     text = config_text(fixed_only, TritonOptions())
     assert '"user" data_type: TYPE_INT32 dims: [ 1 ] }' in text
     assert '"score" data_type: TYPE_FP32 dims: [ 1 ] reshape: { shape: [ ] } }' in text
+    assert '"degraded"' not in text
+    assert '{ name: "degraded" data_type: TYPE_STRING dims: [ 1 ] }' in config_text(fixed_only, TritonOptions(), degraded=True)
+    taken = model.model_copy(update={"outputs": (TensorSpec(name="degraded", dtype="float32", shape=(-1,)),)})
+    with pytest.raises(CutError, match=r"output 'degraded': this name is taken under on_missing_shard degrade"):
+        config_text(taken, TritonOptions(), degraded=True)
     taken = model.model_copy(update={"inputs": (*model.inputs, TensorSpec(name="sparse.values", dtype="int64", shape=(-1,)))})
     with pytest.raises(CutError, match=r"input 'sparse.values': this name is taken"):
         config_text(taken, TritonOptions())

@@ -289,6 +289,15 @@ def test_settings_are_decoded_from_strings() -> None:
     assert settings.artifact == Path("/repository/m/3/../a")
 
 
+def test_etcd_is_named_by_its_endpoints_with_files_beside_the_shim() -> None:
+    settings = read_settings(settings_arguments(etcd="a:2379, b:2379", etcd_prefix="/shop", etcd_ca="ca.pem"))
+    assert settings.coordination is not None
+    assert settings.coordination.etcd == ("a:2379", "b:2379")
+    assert settings.coordination.tls is not None
+    assert settings.coordination.tls.ca == "/repository/m/3/ca.pem"
+    assert read_settings(settings_arguments()).coordination is None
+
+
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
@@ -296,6 +305,9 @@ def test_settings_are_decoded_from_strings() -> None:
         ("spin_us", "1.5", "spin_us: found '1.5'; allowed: a whole number"),
         ("deadline_ms", "-1", "deadline_ms"),
         ("lane", "pigeon", "lane: found 'pigeon'"),
+        ("etcd", "h", "etcd: etcd.0: found 'h'"),
+        ("etcd", "h:2379", "prefix: found ''"),
+        ("etcd_prefix", "/shop", "etcd: missing"),
     ],
 )
 def test_a_wrong_setting_is_refused_by_name(key: str, value: str, said: str) -> None:

@@ -45,13 +45,19 @@ def test_the_least_configuration_binds_loopback_only() -> None:
 
 def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
     path = tmp_path / "sidecar.yaml"
-    settings = {**LEAST, "listen": {"unix": "lane.sock"}, "tls": {"cert": "c.pem", "key": "/etc/k.pem"}}
+    etcd = {"etcd": ["h:2379"], "prefix": "/a", "tls": {"ca": "ca.pem"}}
+    settings = {
+        **LEAST, "listen": {"unix": "lane.sock"}, "tls": {"cert": "c.pem", "key": "/etc/k.pem"}, "coordination": etcd
+    }  # fmt: skip
     path.write_text(yaml.safe_dump(settings), encoding="utf-8")
     config = load_sidecar_config(path)
     assert (config.plan, config.shards) == (str(tmp_path / "plan.yaml"), str(tmp_path / "shards"))
     assert config.listen.unix == str(tmp_path / "lane.sock")
     assert config.tls is not None
     assert (config.tls.cert, config.tls.key, config.tls.client_ca) == (str(tmp_path / "c.pem"), "/etc/k.pem", None)
+    assert config.coordination is not None
+    assert config.coordination.tls is not None
+    assert (config.coordination.tls.ca, config.coordination.tls.key) == (str(tmp_path / "ca.pem"), None)
 
 
 def test_lanes_and_metrics_are_switched_off_with_null() -> None:
@@ -83,6 +89,10 @@ def test_lanes_and_metrics_are_switched_off_with_null() -> None:
         ({"listen": {"grpc": None}}, r"listen\.grpc: found None; allowed: a valid string"),
         ({"listen": {"unix": "x" * 200}}, r"listen\.unix: found .*; allowed: a path of 1 to 107 bytes"),
         ({"tls": {"cert": "c"}}, r"tls\.key: missing"),
+        ({"coordination": {"etcd": [], "prefix": "/a"}}, r"coordination\.etcd: found \[\]"),
+        ({"coordination": {"etcd": ["h"], "prefix": "/a"}}, r"coordination\.etcd\.0: found 'h'"),
+        ({"coordination": {"etcd": ["h:1"], "prefix": "/a/"}}, r"coordination\.prefix: found '/a/'"),
+        ({"coordination": {"etcd": ["h:1"], "prefix": "/a", "tls": {"ca": "c", "key": "k"}}}, r"cert and key, or neither"),
     ],
 )
 def test_a_wrong_value_is_named_with_what_is_allowed(change: dict[str, Any], complaint: str) -> None:
