@@ -22,7 +22,7 @@ from sidepool.client.timings import Timings, read_timings
 from sidepool.client.trace import parse_traceparent
 from sidepool.wire.errors import LookupRejected, SidepoolError, Status, error_for
 from sidepool.wire.model import OutputDtype
-from sidepool.wire.plan import OnMissingShard, Plan, Pooling, load_plan, validate_plan
+from sidepool.wire.plan import OnMissingShard, OutOfRange, Plan, Pooling, load_plan, validate_plan
 from sidepool.wire.rdma import RdmaPath
 
 # Long enough for any healthy lookup (tens of milliseconds), short enough that a caller who gave no budget is not stuck.
@@ -152,6 +152,7 @@ class EmbeddingClient:
     ) -> None:
         self.plan = plan
         self._degrades = plan.on_missing_shard is OnMissingShard.DEGRADE
+        options.check(plan)
         self._sequence_features = [i for i, f in enumerate(plan.features) if f.pooling is Pooling.NONE]
         self._peers = options.peers(plan)
         self._native = _native.LookupClient(
@@ -166,7 +167,8 @@ class EmbeddingClient:
             dims=np.array([t.dim for t in plan.feature_tables], np.int32),
             poolings=[str(f.pooling) for f in plan.features],
             weighted=[f.weighted for f in plan.features],
-            out_of_range=[str(t.out_of_range) for t in plan.feature_tables],
+            # Words of a record are no rows of its table.
+            out_of_range=[str(t.out_of_range if t.program is None else OutOfRange.ZERO) for t in plan.feature_tables],
             legs=options.legs(plan),
             default_rows=[t.default_row for t in plan.feature_tables],
             padding=[-1 if f.padding_index is None else f.padding_index for f in plan.features],

@@ -77,8 +77,7 @@ def deepctr(name: str) -> Published:
     poolings = {"sum"}
     if name == "DIN":
         columns = [*_single_and_numbers(), _history()]
-        model = models.DIN(columns, ["item"], att_weight_normalization=True)
-        poolings = {"sum", "none"}
+        model = models.DIN(columns, ["item"], att_weight_normalization=True)  # its attention runs in the sidecar
     elif name.startswith("DIEN"):
         columns = [*_single_and_numbers(), _history()]
         model = models.DIEN(columns, ["item"], gru_type="GRU" if name == "DIEN" else "AIGRU")

@@ -26,7 +26,6 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
-
 def _known_version(version: int) -> int:
     if version != 1:
         raise PydanticCustomError("format_version", "1 (another version of sidepool may read this file)")

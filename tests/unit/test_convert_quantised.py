@@ -131,9 +131,7 @@ def torchrec_nibbles(codes: Tensor, monkeypatch: pytest.MonkeyPatch) -> Tensor:
 
 
 @needs_fbgemm
-def test_torchrecs_codes_with_their_scales_beside_them_answer_as_fbgemm(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_torchrecs_codes_with_their_scales_beside_them_answer_as_fbgemm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = fbgemm_inference(16)
     parts = module.split_embedding_weights_with_scale_bias(2)
     state = {"dense.weight": torch.ones(2, 2)}
