@@ -112,7 +112,7 @@ void pieces_give_the_same_bits() {
     CHECK(sum > kResults * (1 + float(b)) * 0.9999f && sum < kResults * (1 + float(b)) * 1.0001f);
   }
   std::vector<PoolTask> tasks;
-  std::vector<Part> parts;
+  std::vector<TaskPart> parts;
   cut(task_of(*tables, words, cut_up.data()), 0, 10 * kWords, tasks, parts);
   CHECK(tasks.size() > 10);
   std::vector<std::thread> threads;
