@@ -26,7 +26,7 @@ from sidepool.partition.programs import Copier, batch_sizes, program_bytes
 from sidepool.partition.sources import Columns
 from sidepool.wire.checksum import crc32c
 from sidepool.wire.plan import MAX_DIM, Pooling
-from sidepool.wire.program import MAX_WORDS, Program, ProgramInput, ProgramLookup, TorchFile
+from sidepool.wire.program import MAX_LEAVES, MAX_WORDS, Program, ProgramInput, ProgramLookup, TorchFile
 
 aten = torch.ops.aten
 # Letters that file names do without.
@@ -99,11 +99,11 @@ def sketches(decision: Decision, movable: Movable) -> tuple[Sketch, ...]:
 
 def _sketch(nodes: Sequence[fx.Node], sent: set[fx.Node], lookups: Mapping[fx.Node, Lookup]) -> Sketch | None:
     outputs = tuple(n for n in nodes if n in sent)
-    needed: set[fx.Node] = set()
+    members, needed = set(nodes), set[fx.Node]()
     waiting = list(outputs)
     while waiting:
         node = waiting.pop()
-        if node in nodes and node not in needed:
+        if node in members and node not in needed:
             needed.add(node)
             waiting.extend(node.all_input_nodes)
     read = dict.fromkeys(x for n in nodes if n in needed for x in n.all_input_nodes if x in lookups)
@@ -113,7 +113,8 @@ def _sketch(nodes: Sequence[fx.Node], sent: set[fx.Node], lookups: Mapping[fx.No
 def make_computed(captured: Captured, sketch: Sketch, name: str, torch_nodes: frozenset[fx.Node] = frozenset()) -> Lookup:
     """The feature that a program is: its record, whose arithmetic is added to the captured graph, its steps and its weights.
 
-    torch_nodes: operators that no step does; with one of them, torch runs the whole program.
+    torch_nodes: operators that no step does; with one of them, torch runs the whole program. Raises `Unsupported` where the whole
+    is more than a program may be.
     """
     varying = varying_nodes(captured)
     members = set(sketch.operators)
@@ -127,6 +128,9 @@ def make_computed(captured: Captured, sketch: Sketch, name: str, torch_nodes: fr
         _shrink(captured, varying, node, boundary, inside)
     inside -= boundary.keys()
     leaves = [*(x.output for x in sketch.lookups), *boundary]
+    words = sum(_ids(x) for x in sketch.lookups) + sum(-(-_size(n) // 8) for n in boundary)
+    if len(leaves) > MAX_LEAVES or words > MAX_WORDS:
+        raise Unsupported(f"{len(leaves)} lookups and inputs of {words} words; allowed: {MAX_LEAVES} and {MAX_WORDS}")
     values, content, steps, file = Values(captured, varying, leaves), b"", Steps(), None
     foreign = sorted({str(n.target) for n in members & torch_nodes})
     if foreign:
@@ -141,9 +145,6 @@ def make_computed(captured: Captured, sketch: Sketch, name: str, torch_nodes: fr
         for output in sketch.outputs:
             column = steps.result(values.view(output), column)
     record, reads, inputs = _record(captured, sketch.lookups, list(boundary))
-    words = int(record.meta["val"].shape[1])
-    if words > MAX_WORDS:
-        raise Unsupported(f"a record of {words} words; allowed: {MAX_WORDS}")
     program = Program(
         words=words, floats=steps.floats, lookups=tuple(reads), inputs=tuple(inputs), steps=tuple(steps.steps), torch=file
     )
@@ -200,6 +201,11 @@ def _shrink(
     boundary.setdefault(node)
 
 
+def _ids(lookup: Lookup) -> int:
+    assert isinstance(lookup.source, Columns)
+    return lookup.source.end - lookup.source.begin
+
+
 def _size(node: fx.Node) -> int:
     return math.prod(sample_shape(node)) * _BYTES[node.meta["val"].dtype]
 
@@ -216,7 +222,7 @@ def _record(
         for lookup in lookups:
             source = lookup.source
             assert isinstance(source, Columns)
-            ids = source.end - source.begin
+            ids = _ids(lookup)
             sizes = source.root.meta["val"].shape[1:]
             matrix = _add(graph, aten.reshape.default, source.root, [-1, math.prod(int(n) for n in sizes) if sizes else ids])
             columns = _add(graph, aten.slice.Tensor, matrix, 1, source.begin, source.end)
@@ -283,20 +289,22 @@ def decide_programs(
         decision = decide(captured, lookups, ids, options, movable)
         travelling = frozenset(decision.model.items[i].node for i in decision.sent)
         found = sketches(decision, movable)
-        why = {s: s.refused(travelling, sidecar_bytes) for s in found}
-        wrong = {n: reason for s, reason in why.items() if reason is not None for n in s.operators}
-        if not wrong:
+        why = {s: reason for s in found if (reason := s.refused(travelling, sidecar_bytes)) is not None}
+        computed = []
+        for sketch, name in zip(found, _names(found, {x.table for x in lookups}), strict=True):
+            try:
+                computed += [] if why else [make_computed(captured, sketch, name, movable.torch)]
+            except Unsupported as e:
+                why[sketch] = f"sidecars do not run {e}"
+        if not why:
             break
         refused += [
-            f"{s.outputs[0].name} ({source_line(s.outputs[0])}): {reason}"
-            for s, reason in why.items()
-            if reason and s.shrinks(travelling)
+            f"{s.outputs[0].name} ({source_line(s.outputs[0])}): {reason}" for s, reason in why.items() if s.shrinks(travelling)
         ]
+        wrong = {n: reason for s, reason in why.items() for n in s.operators}
         movable = Movable(movable.operators - wrong.keys(), movable.free, {**movable.reasons, **wrong}, movable.torch)
     read = {x for s in found for x in s.lookups}
     left = [x for x in decision.lookups if x.output in travelling or x not in read]
-    names = _names(found, {x.table for x in lookups})
-    computed = [make_computed(captured, s, name, movable.torch) for s, name in zip(found, names, strict=True)]
     return Programs(decision, (*left, *computed), tuple(refused))
 
 
