@@ -14,7 +14,7 @@ import numpy as np
 from sidepool import _native
 from sidepool.client.lanes import LaneOptions, Lanes
 from sidepool.wire.errors import LookupRejected, SidepoolError
-from sidepool.wire.plan import OnMissingShard, Plan, Pooling, check_successor
+from sidepool.wire.plan import OnMissingShard, OutOfRange, Plan, Pooling, check_successor
 from sidepool.wire.plan_source import PlanSource
 
 # How long a follower waits for its source at a time, and before it tries again to reach the sidecars of a new plan.
@@ -49,7 +49,8 @@ class Connection:
             dims=np.array([t.dim for t in plan.feature_tables], np.int32),
             poolings=[str(f.pooling) for f in plan.features],
             weighted=[f.weighted for f in plan.features],
-            out_of_range=[str(t.out_of_range) for t in plan.feature_tables],
+            # Words of a record are no rows of its table.
+            out_of_range=[str(t.out_of_range if t.program is None else OutOfRange.ZERO) for t in plan.feature_tables],
             legs=options.legs(plan),
             default_rows=[t.default_row for t in plan.feature_tables],
             padding=[-1 if f.padding_index is None else f.padding_index for f in plan.features],

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
-from sidepool.client.program import Program, load_program
 from sidepool.wire.errors import ConfigError, LookupRejected
 from sidepool.wire.model import FixedSource, ModelSpec
+from sidepool.wire.torch_program import Program, load_program
 
 if TYPE_CHECKING:
     import torch

@@ -10,10 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sidepool.client.arguments import Ids, Part
-from sidepool.client.program import Program, load_program
 from sidepool.wire.errors import LookupRejected
 from sidepool.wire.model import FeatureSource, FixedSource, IndexProgram, JaggedSource, ModelSpec
-from sidepool.wire.plan import Plan
+from sidepool.wire.plan import OutOfRange, Plan
+from sidepool.wire.program import Program as SidecarProgram
+from sidepool.wire.torch_program import Program, load_program
 
 
 class FeatureRouter:
@@ -27,6 +28,11 @@ class FeatureRouter:
         """`directory` holds the index program, if the model has one. Raises `ShardCorrupt` if it cannot be loaded."""
         self.model = model
         self._weighted = [f.weighted for f in plan.features]
+        self._records = [
+            (source.source.input, feature.name, _looked_up(plan, table.program))
+            for feature, source, table in zip(plan.features, model.features, plan.feature_tables, strict=True)
+            if table.program is not None and isinstance(source.source, FixedSource)
+        ]
         self._program = None if model.index is None else load_program(directory / model.index.file)
         self.fixed_columns: tuple[tuple[int, int], ...] | None = None
         self._id_inputs: tuple[str, ...] = ()
@@ -47,6 +53,7 @@ class FeatureRouter:
         sources: Mapping[str, NDArray[Any]] = inputs
         if self.model.index is not None and self._program is not None:
             sources = self._run_index(self.model.index, self._program, inputs)
+            self._check_records(sources)
         if self.model.jagged:
             return self._jagged(sources)
         matrices = [_id_matrix(sources, name, self._widths[name]) for name in self._id_inputs]
@@ -67,6 +74,18 @@ class FeatureRouter:
             found = ", ".join(f"{name} {list(t.shape)}" for name, t in zip(index.inputs, given, strict=True))
             raise LookupRejected(f"inputs: found {found}; they do not fit the model's index arithmetic: {e}") from e
         return {**inputs, **{name: out.numpy() for name, out in zip(index.outputs, outputs, strict=True)}}
+
+    def _check_records(self, sources: Mapping[str, NDArray[Any]]) -> None:
+        """Refuse ids within records here, where they are one caller's: the core sees only words."""
+        for name, feature, lookups in self._records:
+            record = sources[name]
+            for begin, end, rows in lookups:
+                ids = record[:, begin:end]
+                bad = (ids < 0) | (ids >= rows)
+                if bad.any():
+                    bag = int(bad.any(axis=1).argmax())
+                    found = ids[bag][bad[bag]][0]
+                    raise LookupRejected(f"feature {feature}, bag {bag}: id {found} is outside its table; allowed: 0 to {rows - 1}")
 
     def _jagged(self, sources: Mapping[str, NDArray[Any]]) -> Part:
         bags = [
@@ -91,6 +110,14 @@ class FeatureRouter:
                 raise LookupRejected(f"{source.weights}: found {given.dtype} {list(given.shape)}; allowed: float32 [{count}]")
             weights.append(given.astype(np.float32, copy=False))
         return np.concatenate(weights)
+
+
+def _looked_up(plan: Plan, program: SidecarProgram) -> list[tuple[int, int, int]]:
+    """Ids in a record that must be rows: first and last word, and the first id that is too large."""
+    tables = [(x, plan.tables[plan.table_index[x.table]]) for x in program.lookups]
+    checked = [(x, t) for x, t in tables if t.out_of_range is OutOfRange.ERROR]
+    # An id that is nothing but padding lies behind the last row.
+    return [(x.begin, x.begin + x.ids, t.rows + (x.padding_index == t.rows)) for x, t in checked]
 
 
 def _fixed(feature: FeatureSource) -> FixedSource:

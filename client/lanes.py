@@ -110,6 +110,12 @@ class LaneOptions:
             return ["this process"]
         return [f"sidecar {s.name!r} ({s.address})" for s in plan.sidecars]
 
+    def check(self, plan: Plan) -> None:
+        """Refuse what `plan` does not allow; raises `ConfigError`."""
+        computed = [t.name for t in plan.tables if t.program is not None]
+        if self.pooling == "ranker" and computed:
+            raise ConfigError(f"pooling: found 'ranker'; allowed with programs in the plan ({computed[0]}): sidecar")
+
     def legs(self, plan: Plan) -> list[tuple[int, int, int, int, int, list[int], bool]]:
         """Every shard of every feature's table, and the native lanes that lead to it (`sidepool._native.LookupClient`)."""
         legs = []

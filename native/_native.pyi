@@ -5,7 +5,7 @@ Every call that may wait or do work releases the GIL. Wrong argument *shapes or 
 or, for set-up calls, as `NativeError` with `.status` and a message.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -53,6 +53,24 @@ class TableSet:
         self, feature: int, table: int, pooling: str, weighted: bool, padding_index: int | None = None, shards: int = 1
     ) -> None:
         """A feature whose table lies in `shards` tables of this set from `table` on; at least one must be held by `seal`."""
+    def add_program(
+        self,
+        table: int,
+        words: int,
+        floats: int,
+        lookups: list[tuple[int, str, int | None, int, int]],
+        inputs: list[tuple[bool, int, int]],
+        steps: list[tuple[str, list[int], int, list[list[int]]]],
+        external: Callable[[list[NDArray[np.float32]], NDArray[np.float32]], None] | None = None,
+    ) -> None:
+        """Make `table` a computed one: a bag of it is a record of `words` words, and gives the program's result (wire/program.py).
+
+        After its weights and every table that it reads. lookups: table, pooling, padding index, first word, ids. inputs: whether
+        they are bytes, first word, values. steps: operator, sizes, depth, operands, the first of them written; an operand is its
+        space, its offset and a stride per size. external: called in place of steps, on any thread, with what was looked up and
+        given, `[samples, floats]` each, and `[samples, dim]` to fill in; the arrays are gone when it returns. Raises `NativeError`
+        for what the core cannot run.
+        """
     def seal(self) -> None: ...
     def set_memory(self, huge_pages: str, nodes: Sequence[int]) -> None:
         """Where copies lie from now on. huge_pages: transparent, hugetlb or off. nodes: NUMA nodes that rows are spread over page

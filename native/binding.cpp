@@ -7,6 +7,7 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include "binding_program.hpp"
 #include "binding_rdma.hpp"
 #include "client.hpp"
 #include "lookahead.hpp"
@@ -553,6 +554,10 @@ NB_MODULE(_native, m) {
                              std::optional<int64_t> padding_index, int32_t shards) {
             self.set->add_feature(feature, table, as_pooling(pooling), weighted, padding_index.value_or(kNoPadding), shards);
           }, "feature"_a, "table"_a, "pooling"_a, "weighted"_a, "padding_index"_a = nb::none(), "shards"_a = 1)
+      .def("add_program", [](PyTables& self, int32_t table, int32_t words, int64_t floats, const nb::list& lookups,
+                             const nb::list& inputs, const nb::list& steps, const nb::object& external) {
+            self.set->add_program(table, program_spec(words, floats, lookups, inputs, steps, external));
+          }, "table"_a, "words"_a, "floats"_a, "lookups"_a, "inputs"_a, "steps"_a, "external"_a = nb::none())
       .def("seal", [](PyTables& self) { self.set->seal(); })
       .def("set_memory", [](PyTables& self, const std::string& huge_pages, const std::vector<int>& nodes) {
             self.set->set_memory({parse_huge_pages(huge_pages), nodes});
@@ -598,6 +603,7 @@ NB_MODULE(_native, m) {
            "max_lanes"_a, "max_frame_bytes"_a, "cpus"_a = std::vector<std::vector<int>>{})
       .def("publish", [](SidecarServer& self, const PyTables& tables) {
             if (!tables.set->sealed()) throw nb::value_error("tables: seal() them first");
+            nb::gil_scoped_release release;  // engines may let tables go that hold Python's own
             self.publish(tables.set);
           }, "tables"_a)
       .def("retire_previous", &SidecarServer::retire_previous)

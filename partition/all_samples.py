@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils import rnn
 from torch.overrides import TorchFunctionMode
 
@@ -35,6 +36,7 @@ def all_samples(model: nn.Module) -> Iterator[list[Tensor]]:
     """While this is open, `model` computes all samples where it would choose some; yields the masks of a call, as they come."""
     masks: list[Tensor] = []
     layers = [m for m in model.modules() if isinstance(m, nn.RNNBase)]
+    stepping = [m for m in model.modules() if type(m).__qualname__ == _STEPPING]
     modules = [sys.modules[name] for name in sorted({type(m).__module__ for m in model.modules()} - {"builtins"})]
     names = [(vars(m), n, v) for m in (*modules, rnn) for n, v in vars(m).items() if v is PACK or v is PAD]
     # Restored below; torch's own functions are reached through whatever names the model's modules gave them.
@@ -42,6 +44,8 @@ def all_samples(model: nn.Module) -> Iterator[list[Tensor]]:
         where[name] = _pack if value is PACK else _pad
     for layer in layers:
         layer.forward = functools.partial(_recurrent, layer)
+    for other in stepping:
+        other.forward = functools.partial(_stepped, other)
     own = model.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -56,14 +60,17 @@ def all_samples(model: nn.Module) -> Iterator[list[Tensor]]:
     finally:
         for where, name, value in names:
             where[name] = value
-        for layer in layers:
-            del layer.forward
+        for changed in (*layers, *stepping):
+            del changed.forward
         if given is None:
             del model.forward
         else:
             model.forward = given
 
 
+# deepctr-torch's recurrent layer for AGRU and AUGRU. It steps through packed data, whose sizes depend on the data, and has no other
+# form; `rnn` is one step of it: input, state and the step's weight, one per sample.
+_STEPPING = "DynamicGRU"
 PACK, PAD = rnn.pack_padded_sequence, rnn.pad_packed_sequence
 
 
@@ -102,6 +109,19 @@ def _recurrent(layer: nn.RNNBase, sequence: Any, state: Any = None) -> Any:
     return Padded(steps, sequence.lengths), last.unsqueeze(0)
 
 
+def _stepped(layer: Any, sequence: Any, weights: Any = None, state: Any = None) -> Any:
+    """A layer that takes its steps itself, over all steps: as `_recurrent`, with a weight per step."""
+    if not isinstance(sequence, Padded) or not isinstance(weights, Padded):
+        return type(layer).forward(layer, sequence, weights, state)
+    values = sequence.values
+    state = values.new_zeros(values.shape[0], layer.hidden_size) if state is None else state
+    found = []
+    for i in range(values.shape[1]):
+        state = layer.rnn(values[:, i], state, weights.values[:, i])
+        found.append(state)
+    return Padded(torch.stack(found, dim=1), sequence.lengths)
+
+
 def _steps(sequence: Padded) -> Tensor:
     return torch.arange(sequence.values.shape[1]).unsqueeze(0)
 
@@ -116,6 +136,8 @@ class _Choosing(TorchFunctionMode):
         if func is Tensor.__getitem__ and _chooses(args[1], args[0]):
             self.masks.append(args[1])
             return args[0].clone()
+        if func is Tensor.__getitem__ and _chooses_steps(args[1], args[0]):
+            return torch.where(args[1].unsqueeze(2), args[0], 0.0).sum(1)
         if func is Tensor.__setitem__ and _chooses(args[1], args[0]):
             target, mask, found = args
             self.masks.append(mask)
@@ -131,6 +153,13 @@ class _Choosing(TorchFunctionMode):
 def _chooses(mask: Any, chosen: Tensor) -> bool:
     """Whether `mask` is one truth value per sample of `chosen`."""
     return isinstance(mask, Tensor) and mask.dtype is torch.bool and mask.dim() == 1 and bool(mask.shape[0] == chosen.shape[0])
+
+
+def _chooses_steps(mask: Any, chosen: Tensor) -> bool:
+    """Whether `mask` is truth values `[batch, steps]`, and, where they are known, at most one of a sample's is true."""
+    if not isinstance(mask, Tensor) or mask.dtype is not torch.bool or mask.dim() != 2 or chosen.dim() != 3:
+        return False
+    return mask.shape == chosen.shape[:2] and (isinstance(mask, FakeTensor) or bool((mask.sum(1) <= 1).all()))
 
 
 def _chooses_alike(mask: Tensor, chosen: Tensor) -> bool:

@@ -46,10 +46,12 @@ def write_artifact(
     programs: Mapping[str, bytes],
     options: TritonOptions,
     trials: Sequence[Trial],
+    torch_files: Mapping[str, bytes],
 ) -> PartitionReport:
     """Write everything, then run it from its files; returns the report with the errors of the rows as they were written.
 
-    weights: the tables, by name. programs: file name → content. trials: what it must compute. Raises `CutError`; leaves no half.
+    weights: the tables, by name. programs: file name → content. trials: what it must compute. torch_files: of
+    programs that torch runs in sidecars, by file name. Raises `CutError`; leaves no half.
     """
     errors: dict[str, RowError] = {}
     try:
@@ -57,7 +59,7 @@ def write_artifact(
             save_plan(report.plan, staging / PLAN_FILE)
             _write_repository(staging / "model_repository" / report.model.name, report, programs, options, staging / PLAN_FILE)
             for index in range(len(report.plan.sidecars)):
-                errors |= _write_sidecar(staging, report.plan, index, weights)
+                errors |= _write_sidecar(staging, report.plan, index, weights, torch_files)
             report = replace(report, row_errors=errors)
             report.write(staging)
             write_check(staging, trials)
@@ -151,12 +153,17 @@ def shards_on(plan: Plan, sidecar: int) -> list[tuple[str, Table, PlacedShard]]:
     return [(name, plan.tables[i], s) for name, (i, s) in zip(names, held, strict=True)]
 
 
-def _write_sidecar(directory: Path, plan: Plan, index: int, weights: Mapping[str, Tensor]) -> dict[str, RowError]:
+def _write_sidecar(
+    directory: Path, plan: Plan, index: int, weights: Mapping[str, Tensor], torch_files: Mapping[str, bytes]
+) -> dict[str, RowError]:
     sidecar = plan.sidecars[index]
     shards = make_sidecar_directory(directory, sidecar)
     written = [
         write_shard(shards, file, table, _reader(weights[table.name]), part=part) for file, table, part in shards_on(plan, index)
     ]
+    for _, table, _ in shards_on(plan, index):
+        if table.program is not None and table.program.torch is not None:
+            (shards / table.program.torch.file).write_bytes(torch_files[table.program.torch.file])
     files = tuple(shard for shard, _ in written)
     save_manifest(ShardManifest(sidecar=sidecar.name, plan_fingerprint=plan.fingerprint, shards=files), shards)
     return {shard.table: error for shard, error in written}

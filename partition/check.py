@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sidepool.partition.exporting import quiet_torch
 from sidepool.partition.lookups import ROW_DTYPES
+from sidepool.partition.program_reference import run_program
 from sidepool.partition.reference import pool_rows
 from sidepool.partition.rows import decode
 from sidepool.partition.verify import same_within_rounding
@@ -105,7 +106,7 @@ class _Artifact:
         for sidecar in self.plan.sidecars:
             shards = directory / "sidecars" / sidecar.name / "shards"
             self.shards |= {s.table: (s, *locate(shards, s)) for s in shards_of(self.plan, shards)}
-        self._programs: dict[str, Any] = {}
+        self._programs: dict[Path, Any] = {}
 
     def verify_shards(self) -> None:
         """Compare every checksum."""
@@ -117,7 +118,7 @@ class _Artifact:
         given = dict(inputs)
         with torch.no_grad(), quiet_torch():
             if self.model.index is not None:
-                found = self._program(self.model.index.file)(*(given[n] for n in self.model.index.inputs))
+                found = self._program(self.version / self.model.index.file)(*(given[n] for n in self.model.index.inputs))
                 given |= dict(zip(self.model.index.outputs, found, strict=True))
             pairs = zip(self.plan.features, self.model.features, strict=True)
             looked_up = {f.name: self._look_up(f, s.source, given).to(self.dtype) for f, s in pairs}
@@ -126,7 +127,7 @@ class _Artifact:
             arguments = [torch.cat(pooled, dim=1) if pooled else torch.zeros(batch, 0, dtype=self.dtype)]
             arguments += [looked_up[name] for name in self.model.dense.sequences]
             arguments += [given[name] for name in self.model.dense.inputs]
-            outputs = self._program(self.model.dense.file)(*arguments)
+            outputs = self._program(self.version / self.model.dense.file)(*arguments)
         return looked_up, dict(zip((t.name for t in self.model.outputs), outputs, strict=True))
 
     def _look_up(self, feature: Feature, source: FixedSource | JaggedSource, given: Mapping[str, Tensor]) -> Tensor:
@@ -134,6 +135,12 @@ class _Artifact:
         if isinstance(source, FixedSource):
             ids = given[source.input]
             ids = ids.reshape(ids.shape[0], -1)[:, source.begin : source.end]
+            table = self.plan.tables[self.plan.table_index[feature.table]]
+            if table.program is not None:
+                weights = self._rows(table.name, torch.arange(table.rows))
+                file = table.program.torch
+                exported = None if file is None else self._program(self.shards[table.name][1].parent / file.file)
+                return run_program(table.program, ids, self._rows, weights, table.dim, exported)
             return pool_rows(read, ids, feature.pooling, padding_index=feature.padding_index)
         return pool_rows(
             read,
@@ -155,10 +162,10 @@ class _Artifact:
             stored = stored.view(_STORED[shard.row_format])
         return decode(stored, shard.row_format, shard.dim)
 
-    def _program(self, file: str) -> Any:
-        if file not in self._programs:
+    def _program(self, path: Path) -> Any:
+        if path not in self._programs:
             try:
-                self._programs[file] = torch.export.load(self.version / file).module(check_guards=False)
+                self._programs[path] = torch.export.load(path).module(check_guards=False)
             except Exception as e:  # torch raises whatever its parsers do
-                raise CutError(f"{self.version / file}: cannot be loaded: {type(e).__name__}: {str(e)[:300]}") from e
-        return self._programs[file]
+                raise CutError(f"{path}: cannot be loaded: {type(e).__name__}: {str(e)[:300]}") from e
+        return self._programs[path]

@@ -83,6 +83,15 @@ def _add_cut_arguments(parser: argparse.ArgumentParser) -> None:
         help="bytes of tables that may stay with the dense program where that is cheaper (default: 0, every table leaves)",
     )
 
+    cut.add_argument(
+        "--no-programs",
+        action="store_true",
+        help="sidecars run lookups and pooling only (default: also operators that shrink rows)",
+    )
+    cut.add_argument(
+        "--sidecar-torch", action="store_true", help="sidecars may also run operators that take torch, which they must then have"
+    )
+
 
 def run(args: argparse.Namespace) -> int:
     """Partition and print the report, or what is asked for instead; raises a `SidepoolError`."""
@@ -135,6 +144,8 @@ def _partition(args: argparse.Namespace) -> int:
         triton=TritonOptions(max_batch=args.max_batch, instance_kind=args.instance_kind, lane=args.lane),
         gpu_table_bytes=args.gpu_table_bytes,
         sidecar_bytes=args.sidecar_bytes,
+        programs=not args.no_programs,
+        sidecar_torch=args.sidecar_torch,
         **{k: v for k in ("link", "objective", "cpu", "gpu") if (v := getattr(args, k)) is not None},
     )
     print(report.text, end="")

@@ -74,7 +74,7 @@ def _label(item: Item) -> str:
     if item.kind == "return":
         return "return"
     if item.kind == "input":
-        return f"input {item.node.target}"
+        return f"input {item.node.target if item.node.op == 'placeholder' else item.node.name}"
     if item.lookup is not None:
         return f"lookup {item.lookup.pooling} dim {item.lookup.dim}"
     value = item.node.meta.get("val")

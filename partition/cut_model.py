@@ -18,8 +18,9 @@ from sidepool.partition.capture import Captured
 from sidepool.partition.costs import BATCHES, Size, Sizes, Work, result_bytes, work_of
 from sidepool.partition.lookups import Jagged, Lookup
 from sidepool.partition.mincut import Operator, Problem, Resident
+from sidepool.partition.movable import NOTHING, Movable, varying_nodes
 from sidepool.partition.profiles import DEFAULT_CPU, DEFAULT_GPU, DEFAULT_LINK, find_link, find_processor
-from sidepool.partition.sources import SIZES, Columns, packet
+from sidepool.partition.sources import Columns, is_moved
 from sidepool.wire.errors import CutError
 from sidepool.wire.plan import Pooling
 
@@ -31,7 +32,7 @@ ID_BYTES, LENGTH_BYTES = 8, 4
 # A feature's block in a response: its entry and the padding to 64 bytes (docs/wire-format.md).
 BLOCK_BYTES = 64
 
-ONLY_LOOKUPS = "sidecars run lookups and pooling only"
+ONLY_LOOKUPS = "sidecars run lookups, pooling, and what reduces unpooled rows"
 ONLY_SIDECARS = "ids of varying number, or weights, reach sidecars only"
 
 
@@ -90,6 +91,8 @@ class Item:
     lookup: Lookup | None = None
     pinned: str | None = None
     """Why it cannot be anywhere else today."""
+    sendable: bool = True
+    """Whether its result can travel today: floats that lookups lead to."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,7 @@ class CutModel:
             return Operator(name, None, 0, gpu_needs=self._sendable(item.needs), wanted=True)
         cpu = round(cpu_weight * item.cpu_ns * UNITS_PER_NS) + self._link_units(item.request_bytes)
         gpu = round(gpu_weight * item.gpu_ns * UNITS_PER_NS)
-        send = self._link_units(item.result_bytes + BLOCK_BYTES)
+        send = self._link_units(item.result_bytes + BLOCK_BYTES) if item.sendable or not today else None
         if item.kind in ("index", "input"):  # on the ranker's CPU, or on the way to a sidecar
             return Operator(name, cpu, None, cpu_needs=item.index_needs)
         if item.kind == "lookup":
@@ -132,7 +135,7 @@ class CutModel:
             return Operator(
                 name, cpu, None if only_cpu else gpu, send, item.index_needs, needs, exclusive=not only_cpu, remote=True
             )
-        if item.pinned == ONLY_LOOKUPS and today:
+        if item.pinned is not None and today:
             return Operator(name, None, gpu, gpu_needs=self._sendable(item.needs))
         return Operator(name, cpu, gpu, send, item.needs, self._sendable(item.needs), remote=True)
 
@@ -145,15 +148,19 @@ class CutModel:
         return round(self.options.weights[2] * count / link.bytes_per_s * 1e9 * UNITS_PER_NS) if count else 0
 
 
-def build_model(captured: Captured, lookups: Sequence[Lookup], ids: Mapping[Lookup, float], options: CutOptions) -> CutModel:
+def build_model(
+    captured: Captured, lookups: Sequence[Lookup], ids: Mapping[Lookup, float], options: CutOptions, movable: Movable = NOTHING
+) -> CutModel:
     """What there is to place. ids: mean ids per bag of every lookup. Raises `CutError` for wrong options."""
     options.check()
-    return _Builder(captured, lookups, ids, options).build()
+    return _Builder(captured, lookups, ids, options, movable).build()
 
 
 class _Builder:
-    def __init__(self, captured: Captured, lookups: Sequence[Lookup], ids: Mapping[Lookup, float], options: CutOptions) -> None:
-        self.captured, self.lookups, self.ids, self.options = captured, lookups, ids, options
+    def __init__(
+        self, captured: Captured, lookups: Sequence[Lookup], ids: Mapping[Lookup, float], options: CutOptions, movable: Movable
+    ) -> None:
+        self.captured, self.lookups, self.ids, self.options, self.movable = captured, lookups, ids, options, movable
         self.cpu, self.gpu = find_processor("cpu", options.cpu), find_processor("gpu", options.gpu)
         self.sizes = Sizes(
             {
@@ -166,10 +173,7 @@ class _Builder:
         self.index: dict[fx.Node, int] = {}
         self.of: dict[fx.Node, int] = {}
         """Items by the graph node whose result they give to the GPU side or to operators behind lookups."""
-        self.varying: set[fx.Node] = set(captured.inputs)
-        for node in captured.graph.nodes:
-            if packet(node) not in SIZES and not self.varying.isdisjoint(node.all_input_nodes):
-                self.varying.add(node)
+        self.varying = varying_nodes(captured)
 
     def build(self) -> CutModel:
         roots = [x.source.root for x in self.lookups if isinstance(x.source, Columns)]
@@ -188,7 +192,7 @@ class _Builder:
             if node in ends:
                 self._add(node, self._lookup(ends[node], between[ends[node]]))
             elif node in live or node in kept_ids:
-                self._add(node, self._timed(Item("dense", node, self._needs([node]), pinned=ONLY_LOOKUPS)))
+                self._add(node, self._dense(node))
         back = next(n for n in self.captured.graph.nodes if n.op == "output")
         self.items.append(Item("return", back, tuple(dict.fromkeys(self.of[n] for n in self.captured.outputs if n in self.of))))
         return CutModel(tuple(self.items), self.options)
@@ -196,6 +200,16 @@ class _Builder:
     def _add(self, node: fx.Node, item: Item) -> None:
         self.of[node] = len(self.items)
         self.items.append(item)
+
+    def _dense(self, node: fx.Node) -> Item:
+        if node in self.movable.free and is_moved(node) and all(self.items[i].kind == "input" for i in self._needs([node])):
+            return Item("input", node, request_bytes=self._mean(partial(result_bytes, node)))  # a part of an input travels alone
+        pinned = None if node in self.movable.operators else self.movable.reasons.get(node, ONLY_LOOKUPS)
+        value = node.meta.get("val")
+        floats = isinstance(value, Tensor) and value.dtype is torch.float32
+        return self._timed(
+            Item("dense", node, self._needs([node]), pinned=pinned, sendable=floats and node not in self.movable.free)
+        )
 
     def _needs(self, nodes: Sequence[fx.Node]) -> tuple[int, ...]:
         """Items that the inputs of `nodes` from outside are."""
@@ -266,6 +280,7 @@ class _Builder:
             result_bytes=self._mean(lambda size: result_bytes(node, size)),
             flops=self._mean(lambda size: work_of(node, size).flops),
             pinned=item.pinned,
+            sendable=item.sendable,
         )
 
     def _mean(self, value: Callable[[Size], float]) -> float:

@@ -21,6 +21,8 @@ class CutReport:
     """A decided cut; `text` and `html` say what it is and why."""
 
     decision: Decision
+    programs: tuple[str, ...] = ()
+    """What sidecars run behind lookups, one line each."""
 
     @cached_property
     def groups(self) -> tuple[Group, ...]:
@@ -83,13 +85,14 @@ class CutReport:
             f"not proved the cheapest: none is below {_us(decision.bound_ns)} us"
         )  # fmt: skip
         lines = [f"{len(decision.lookups)} lookups in sidecars, {len(decision.kept)} kept on the GPU side; {proof}"]
+        lines += [f"sidecars run {line}" for line in self.programs]
         saving = chosen.cost_ns - unrestricted.cost_ns
         if decision.would_move and saving > 0:
             names = [decision.model.items[i].node.name for i in decision.would_move]
             more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
             lines.append(
-                f"would save {_us(saving)} us if sidecars ran operators behind lookups (today they run lookups and pooling "
-                f"only): {', '.join(names[:NAMED])}{more}"
+                f"would save {_us(saving)} us if sidecars ran any operator (they run lookups, pooling, and what reduces "
+                f"unpooled rows): {', '.join(names[:NAMED])}{more}"
             )
         return lines
 

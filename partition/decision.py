@@ -10,6 +10,7 @@ from sidepool.partition.costs import COMPUTE_HEAVY
 from sidepool.partition.cut_model import UNITS_PER_NS, CutModel, CutOptions, build_model
 from sidepool.partition.lookups import Lookup
 from sidepool.partition.mincut import Placement, Problem, Solution, cost_of, gpu_table_bytes, pruned, solve
+from sidepool.partition.movable import NOTHING, Movable
 from sidepool.partition.profiles import find_link
 from sidepool.partition.sources import packet
 from sidepool.wire.errors import CutError
@@ -43,6 +44,8 @@ class Decision:
     others: tuple[Alternative, ...]
     unrestricted: Alternative
     """The optimum if sidecars ran any operator."""
+    sent: tuple[int, ...]
+    """What travels to the GPU side."""
 
     @property
     def lookups(self) -> tuple[Lookup, ...]:
@@ -58,16 +61,22 @@ class Decision:
 
     @property
     def would_move(self) -> tuple[int, ...]:
-        """Operators behind lookups that the unrestricted optimum computes on the CPU side."""
-        return tuple(i for i in sorted(self.unrestricted.placement.cpu) if self.model.items[i].kind == "dense")
+        """Operators behind lookups that only the unrestricted optimum computes on the CPU side."""
+        more = self.unrestricted.placement.cpu - self.chosen.placement.cpu
+        return tuple(i for i in sorted(more) if self.model.items[i].kind == "dense")
 
 
-def decide(captured: Captured, lookups: Sequence[Lookup], ids: Mapping[Lookup, float], options: CutOptions) -> Decision:
-    """The cheapest cut that can be executed. Raises `CutError` for wrong options, or where nothing is left for sidecars."""
-    model = build_model(captured, lookups, ids, options)
-    free = model.problem(today=False)
+def decide(
+    captured: Captured, lookups: Sequence[Lookup], ids: Mapping[Lookup, float], options: CutOptions, movable: Movable = NOTHING
+) -> Decision:
+    """The cheapest cut that can be executed. Raises `CutError` for wrong options, or where nothing is left for sidecars.
+
+    movable: operators that sidecars can run besides lookups.
+    """
+    model = build_model(captured, lookups, ids, options, movable)
+    free, today = model.problem(today=False), model.problem(today=True)
     everything = sum(t.bytes for t in free.tables)
-    found, best = solve(model.problem(today=True)), solve(free)
+    found, best = solve(today), solve(free)
     decision = Decision(
         model,
         _alternative(model, free, "chosen", found.placement),
@@ -75,6 +84,7 @@ def decide(captured: Captured, lookups: Sequence[Lookup], ids: Mapping[Lookup, f
         found.bound / UNITS_PER_NS,
         tuple(_others(model, model.problem(today=False, gpu_table_bytes=everything))),
         _alternative(model, free, "optimum if sidecars ran any operator", best.placement, _unproved(best)),
+        tuple(found.placement.sent(today)),
     )
     if not decision.lookups:
         raise CutError(

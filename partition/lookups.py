@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx
@@ -27,6 +27,7 @@ from sidepool.partition.sources import (
 from sidepool.wire.errors import CutError
 from sidepool.wire.model import OutputDtype
 from sidepool.wire.plan import Pooling
+from sidepool.wire.program import Program
 
 aten = torch.ops.aten
 _BAGS = {aten.embedding_bag, aten._embedding_bag, aten._embedding_bag_forward_only}
@@ -36,7 +37,7 @@ _BAG_DEFAULTS = {"offsets": None, "mode": 0, "per_sample_weights": None, "includ
 
 # Letters that names in plans do not have, and the length of names less what tells two equal ones apart.
 _ODD_LETTERS = re.compile(r"[^A-Za-z0-9_.\-/]|^[.\-/]")
-_NAME_LENGTH = 240
+NAME_LENGTH = 240
 # What a model's rows may be. Lookups give the same dtype, as the model's own operators do.
 ROW_DTYPES: dict[torch.dtype, OutputDtype] = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
@@ -69,10 +70,25 @@ class Lookup:
     """Weights `[batch · ids]` of a fixed-width bag: its rows come back unpooled and the dense program reduces them."""
     padding_index: int | None = None
     """The id that bags pass over: a row, or the number of rows, an id that is nothing else."""
+    program: Program | None = None
+    """Of a computed table: its rows are the program's weights, its ids are records."""
+    outputs: tuple[fx.Node, ...] = ()
+    """Of a program: the nodes that the columns of its result replace, in their order."""
+    reads: Mapping[str, Tensor] = field(default_factory=dict)
+    """Of a program: the tables that it looks up."""
+    torch_file: bytes = b""
+    """Of a program that torch runs: what its file holds."""
 
     @property
     def dim(self) -> int:
         return int(self.weight.shape[1])
+
+    @property
+    def parts(self) -> tuple[tuple[fx.Node, int], ...]:
+        """Nodes that its columns replace, and how many each."""
+        if self.program is None:
+            return ((self.output, self.dim),)
+        return tuple((n, math.prod(int(size) for size in n.meta["val"].shape[1:])) for n in self.outputs)
 
 
 @dataclass(frozen=True)
@@ -174,7 +190,7 @@ def _table_names(captured: Captured, operators: Sequence[fx.Node]) -> dict[fx.No
 
 def _plain(name: str) -> str:
     """A model's own name in the letters that plans allow."""
-    return _ODD_LETTERS.sub("_", name)[:_NAME_LENGTH]
+    return _ODD_LETTERS.sub("_", name)[:NAME_LENGTH]
 
 
 def _constant_ids(captured: Captured, node: fx.Node) -> bool:

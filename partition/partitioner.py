@@ -15,13 +15,14 @@ from sidepool.partition.capture import Captured, capture
 from sidepool.partition.check import Trial
 from sidepool.partition.cut_model import CutOptions, Objective
 from sidepool.partition.cut_report import CutReport
-from sidepool.partition.decision import decide
 from sidepool.partition.exporting import check_operators
 from sidepool.partition.lookups import ROW_DTYPES, Jagged, Lookup, feature_names, find_lookups
+from sidepool.partition.movable import NOTHING, movable_operators
 from sidepool.partition.planning import check_memory, make_plan
 from sidepool.partition.profiles import DEFAULT_CPU, DEFAULT_GPU, DEFAULT_LINK
 from sidepool.partition.programs import Cut, cut_programs, program_bytes
 from sidepool.partition.report import PartitionReport
+from sidepool.partition.sidecar_programs import decide_programs
 from sidepool.partition.trials import trials
 from sidepool.partition.triton_config import TritonOptions
 from sidepool.partition.verify import verify_cut
@@ -54,6 +55,8 @@ def partition_model(
     gpu: str = DEFAULT_GPU,
     gpu_table_bytes: int = 0,
     sidecar_bytes: int | None = None,
+    programs: bool = True,
+    sidecar_torch: bool = False,
 ) -> PartitionReport:
     """Cut `model` into lookups and a dense program and write the artifact into `out_dir` (new or empty).
 
@@ -67,6 +70,8 @@ def partition_model(
     objective: what the cut makes least: a request's latency, work per request (throughput), or the GPU's share of it (gpu_cost).
     gpu_table_bytes: tables of up to so many bytes in all may stay with the dense program where that is cheaper.
     sidecar_bytes: memory that each sidecar has for rows; default: not checked.
+    programs: whether sidecars may run operators behind lookups where that is cheaper (docs/programs.md).
+    sidecar_torch: also operators for which sidecars need torch, installed beside them.
     Raises `CutError` (model, inputs, output directory) and `PlanError` (names, sidecars, addresses, memory).
     """
     out = Path(out_dir)
@@ -78,26 +83,30 @@ def partition_model(
     found = find_lookups(captured)
     check_operators(captured.graph)
     options = CutOptions(link, objective, cpu, gpu, gpu_table_bytes, sidecars)
-    decision = decide(captured, found.lookups, {x: _ids_per_bag(captured, x) for x in found.lookups}, options)
-    cut = cut_programs(captured, decision.lookups)
+    ids_per_bag = {x: _ids_per_bag(captured, x) for x in found.lookups}
+    movable = movable_operators(captured, found.lookups, torch=sidecar_torch) if programs else NOTHING
+    placed = decide_programs(captured, found.lookups, ids_per_bag, options, movable, sidecar_bytes)
+    cut = cut_programs(captured, placed.lookups)
     own_dtype = ROW_DTYPES[cut.lookups[0].weight.dtype]
     tried = trials(captured, found.lookups)
     verified = [verify_cut(trial, cut) for trial in tried]
     error = max(difference for difference, _ in verified)
     names = feature_names(cut.lookups)
     ids = {feature: _ids_per_bag(captured, lookup) for feature, lookup in zip(names, cut.lookups, strict=True)}
-    plan = _plan(name, cut, names, ids, sidecars, addresses, stored_as or RowFormat(own_dtype), epoch, on_missing_shard)
+    row_format = stored_as or RowFormat(own_dtype)
+    plan = _plan(name, cut, names, ids, sidecars, addresses, row_format, epoch, on_missing_shard, placed.together)
     check_memory(plan, sidecar_bytes)
     spec = _spec(name, captured, cut, names, own_dtype)
-    programs = {DENSE_FILE: program_bytes(cut.dense)}
+    saved = {DENSE_FILE: program_bytes(cut.dense)}
     if cut.index is not None:
-        programs[INDEX_FILE] = program_bytes(cut.index)
-    chosen = CutReport(decision)
+        saved[INDEX_FILE] = program_bytes(cut.index)
+    chosen = CutReport(placed.decision, placed.lines)
     unread = [f"table {name}: nothing looks it up, it is left out" for name in captured.unread]
-    kept = [*chosen.kept, *found.kept, *unread]
-    report = PartitionReport(plan, spec, out, ids, len(programs[DENSE_FILE]), error, kept, chosen)
+    kept = [*chosen.kept, *found.kept, *placed.refused, *unread]
+    report = PartitionReport(plan, spec, out, ids, len(saved[DENSE_FILE]), error, kept, chosen)
     recorded = [_recorded(trial, cut, names, results) for trial, (_, results) in zip(tried, verified, strict=True)]
-    return write_artifact(out, report, {x.table: x.weight for x in cut.lookups}, programs, triton or TritonOptions(), recorded)
+    torch_files = {x.program.torch.file: x.torch_file for x in cut.lookups if x.program is not None and x.program.torch is not None}
+    return write_artifact(out, report, _weights(cut), saved, triton or TritonOptions(), recorded, torch_files)
 
 
 def _recorded(trial: Captured, cut: Cut, names: Sequence[str], looked_up: Mapping[Lookup, Tensor]) -> Trial:
@@ -124,13 +133,19 @@ def _plan(
     row_format: RowFormat,
     epoch: int,
     on_missing_shard: OnMissingShard,
+    together: Sequence[frozenset[str]],
 ) -> Plan:
-    weights: dict[str, Tensor] = {}
-    loads: dict[str, float] = {}
+    weights = _weights(cut)
+    loads = dict.fromkeys(weights, 0.0)
     for feature, lookup in zip(names, cut.lookups, strict=True):
-        weights.setdefault(lookup.table, lookup.weight)
-        loads[lookup.table] = loads.get(lookup.table, 0.0) + ids[feature] + BAG_LOAD
-    tables = [{"name": n, "rows": w.shape[0], "dim": w.shape[1], "row_format": str(row_format)} for n, w in weights.items()]
+        loads[lookup.table] += ids[feature] + BAG_LOAD
+    computed = {x.table: x.program for x in cut.lookups if x.program is not None}
+    tables: list[dict[str, Any]] = [{"name": n, "rows": w.shape[0], "dim": w.shape[1]} for n, w in weights.items()]
+    for table in tables:
+        program = computed.get(table["name"])
+        # A program's weights are kept as they are.
+        table["row_format"] = str(row_format if program is None else RowFormat.FP32)
+        table |= {} if program is None else {"program": program.model_dump(mode="json")}
     sized = [decode(t, Table, where=f"table {t['name']}", error=PlanError) for t in tables]
     features = [
         {
@@ -144,8 +159,25 @@ def _plan(
     ]
     looked_up = [decode(f, Feature, where=f"feature {f['name']}", error=PlanError) for f in features]
     return make_plan(
-        name, sized, looked_up, loads, sidecars=sidecars, addresses=addresses, epoch=epoch, on_missing_shard=on_missing_shard
+        name,
+        sized,
+        looked_up,
+        loads,
+        sidecars=sidecars,
+        addresses=addresses,
+        epoch=epoch,
+        on_missing_shard=on_missing_shard,
+        together=together,
     )
+
+
+def _weights(cut: Cut) -> dict[str, Tensor]:
+    """The tables of the plan, those that only programs read included."""
+    weights: dict[str, Tensor] = {}
+    for lookup in cut.lookups:
+        for table, rows in (*lookup.reads.items(), (lookup.table, lookup.weight)):
+            weights.setdefault(table, rows)
+    return weights
 
 
 def _spec(name: str, captured: Captured, cut: Cut, names: Sequence[str], pooled_dtype: OutputDtype) -> ModelSpec:

@@ -23,12 +23,14 @@ def make_plan(
     addresses: Sequence[str] | None,
     epoch: int,
     on_missing_shard: OnMissingShard = OnMissingShard.FAIL,
+    together: Sequence[frozenset[str]] = (),
 ) -> Plan:
     """Place `tables` on `sidecars` by bytes and `loads` (pooling work per sample and table name); raises `PlanError`.
 
-    addresses: `host:port` of every sidecar's control plane; default: 127.0.0.1, ports from 50151.
+    addresses: `host:port` of every sidecar's control plane; default: 127.0.0.1, ports from 50151. together: tables that must lie
+    on one sidecar.
     """
-    owners = place_tables(tables, loads, sidecars)
+    owners = place_tables(tables, loads, sidecars, together)
     plan = decode(
         {
             "epoch": epoch,

@@ -49,7 +49,7 @@ def cut_programs(captured: Captured, lookups: Sequence[Lookup]) -> Cut:
 
 def plan_order(captured: Captured, lookups: Sequence[Lookup]) -> tuple[Lookup, ...]:
     """Features in the order in which the widest concatenations take them, so that these become slices of `pooled`."""
-    by_output = {lookup.output: lookup for lookup in lookups}
+    by_output = {lookup.output: lookup for lookup in lookups if lookup.program is None}
     order: dict[Lookup, None] = {}
     joins = [n for n in captured.graph.nodes if packet(n) in {aten.cat, aten.stack}]
     for join in sorted(joins, key=lambda n: -len(n.args[0])):
@@ -74,7 +74,7 @@ def program_bytes(program: ExportedProgram) -> bytes:
     return buffer.getvalue()
 
 
-class _Copier:
+class Copier:
     """Copies nodes of a captured graph into a new graph, with what they need, states as attributes.
 
     Sizes that equal the batch are read from `anchor`, so that a program needs no input only for its size.
@@ -158,13 +158,14 @@ def batch_sizes(captured: Captured, lookups: Sequence[Lookup]) -> frozenset[str]
 
 
 def _dense_program(captured: Captured, lookups: Sequence[Lookup]) -> tuple[ExportedProgram, tuple[fx.Node, ...]]:
-    copier = _Copier(captured, "dense program", batch_sizes(captured, lookups))
-    pooled_dims = [x.dim for x in lookups if x.pooling is not Pooling.NONE]
+    copier = Copier(captured, "dense program", batch_sizes(captured, lookups))
+    parts = [part for x in lookups if x.pooling is not Pooling.NONE for part in x.parts]
+    pooled_dims = [dim for _, dim in parts]
     sequences = [x for x in lookups if x.pooling is Pooling.NONE]
     pooled = copier.graph.placeholder("pooled")
     copier.anchor = pooled
     sequence_inputs = [copier.graph.placeholder(f"sequence_{i}") for i in range(len(sequences))]
-    copier.copies = dict.fromkeys((x.output for x in lookups), pooled)  # stand-ins, so that the search stops there
+    copier.copies = dict.fromkeys((n for x in lookups for n, _ in x.parts), pooled)  # stand-ins, so that the search stops there
     weighting = [node for x in sequences if x.weights is not None for node in _weighting(x)]
     found = copier.needed(*captured.outputs, *weighting)
     inputs = tuple(n for n in captured.inputs if n in found)
@@ -172,8 +173,8 @@ def _dense_program(captured: Captured, lookups: Sequence[Lookup]) -> tuple[Expor
     # Prefixed, since a model's own input may be called `pooled`.
     copier.copies = {n: copier.graph.placeholder(f"input_{n.target}") for n in inputs}
     pieces = Pieces(copier.graph, pooled, pooled_dims)
-    for lookup, piece in zip((x for x in lookups if x.pooling is not Pooling.NONE), pieces.nodes, strict=True):
-        copier.copies[lookup.output] = _shaped(copier, lookup, piece, pieces)
+    for (output, _), piece in zip(parts, pieces.nodes, strict=True):
+        copier.copies[output] = _shaped(copier, output, piece, pieces)
     given = dict(zip(sequences, sequence_inputs, strict=True))
     copier.copies |= {x.output: _unflattened(copier, x, node) for x, node in given.items() if x.weights is None}
     position = {node: i for i, node in enumerate(captured.graph.nodes)}
@@ -193,7 +194,7 @@ def _index_program(
     captured: Captured, widths: Mapping[fx.Node, int], sizes: frozenset[str]
 ) -> tuple[ExportedProgram, tuple[fx.Node, ...]]:
     """Ids `[batch, width]` int64, one output per root of `widths`."""
-    copier = _Copier(captured, "index program", sizes)
+    copier = Copier(captured, "index program", sizes)
     found = set(copier.needed(*widths))
     inputs = tuple(n for n in captured.inputs if n in found)
     copier.copies = {n: copier.graph.placeholder(str(n.target)) for n in inputs}
@@ -226,17 +227,17 @@ def _check_dense_inputs(inputs: Sequence[fx.Node], lookups: Sequence[Lookup]) ->
                 )
 
 
-def _shaped(copier: _Copier, lookup: Lookup, piece: fx.Node, pieces: Pieces) -> fx.Node:
+def _shaped(copier: Copier, output: fx.Node, piece: fx.Node, pieces: Pieces) -> fx.Node:
     """`piece`, `[batch, dim]`, in the shape that the replaced operator had."""
-    shape = lookup.output.meta["val"].shape
+    shape = output.meta["val"].shape
     if len(shape) == 2:
         return piece
-    if len(shape) == 3:
+    if len(shape) == 3 and shape[1] == 1:
         return pieces.unsqueezed(piece)
     return copier.graph.call_function(aten.reshape.default, (piece, [copier.batch_size(), *map(int, shape[1:])]))
 
 
-def _unflattened(copier: _Copier, lookup: Lookup, sequence: fx.Node) -> fx.Node:
+def _unflattened(copier: Copier, lookup: Lookup, sequence: fx.Node) -> fx.Node:
     """`sequence`, `[batch, ids, dim]`, in the shape of the replaced operator."""
     shape = lookup.output.meta["val"].shape
     if len(shape) == 3:
@@ -244,7 +245,7 @@ def _unflattened(copier: _Copier, lookup: Lookup, sequence: fx.Node) -> fx.Node:
     return copier.graph.call_function(aten.unflatten.int, (sequence, 1, [int(n) for n in shape[1:-1]]))
 
 
-def _weighted_sum(copier: _Copier, lookup: Lookup, sequence: fx.Node) -> fx.Node:
+def _weighted_sum(copier: Copier, lookup: Lookup, sequence: fx.Node) -> fx.Node:
     """Rows `[batch, ids, dim]` times weights `[batch · ids]`, those of padded ids 0, summed over each bag."""
     for node in copier.needed(*_weighting(lookup)):
         copier.copy(node)

@@ -64,6 +64,12 @@ def replan(
     A service never spans pods; within a pod, one rack is taken where that is not slower than several. objective: `latency`
     (p99), or `cost`: the cheapest machines that stay below 60 % busy.
     """
+    computed = [t.name for t in old.tables if t.program is not None]
+    if computed:
+        raise PlanError(
+            f"table {computed[0]}: is computed by a program, which keeps its tables together; allowed: tables that may move\n"
+            "remedy: sidepool partition --no-programs, or place by --sidecars there"
+        )
     if strategy not in STRATEGIES:
         raise PlanError(f"strategy: found {strategy!r}; allowed: {', '.join(STRATEGIES)}")
     wanted = demands(old.tables, access, {f.table: f.pooling for f in old.features})

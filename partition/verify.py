@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -11,10 +12,12 @@ from torch import Tensor, fx
 from sidepool.partition.capture import Captured
 from sidepool.partition.exporting import quiet_torch, source_line
 from sidepool.partition.lookups import Lookup
+from sidepool.partition.program_reference import run_program
 from sidepool.partition.programs import Cut, cut_programs, example_arguments
 from sidepool.partition.reference import pool_rows
 from sidepool.partition.sources import Columns, evaluate
 from sidepool.wire.errors import CutError
+from sidepool.wire.program import Program
 
 # Sums in another order differ by a few units in the last place per layer; a wrong cut differs by far more. In 16 bits these
 # units are coarse: as many as ROUNDINGS of them.
@@ -55,13 +58,14 @@ def first_difference(captured: Captured, cut: Cut, unit: float) -> str:
     known |= dict(zip(captured.inputs, captured.examples, strict=True))
     looked_up = look_up_examples(captured, cut)
     for lookup in cut.lookups:
-        theirs = evaluate(lookup.output, known)
+        theirs = torch.cat([evaluate(n, known).reshape(-1, dim) for n, dim in lookup.parts], 1) if lookup.program else None
+        theirs = evaluate(lookup.output, known) if theirs is None else theirs
         ours = looked_up[lookup]
         if lookup.weights is None and not same_within_rounding(ours.reshape(theirs.shape), theirs, unit):
             return _blame(lookup.output)
     batches = {str(n.meta["val"].shape[0]) for n in captured.outputs}
     # What has a batch, since a program's outputs must; nothing before the lookups, which the dense program does not have.
-    ends = {x.output for x in cut.lookups}
+    ends = {n for x in cut.lookups for n, _ in x.parts}
     dense_nodes: set[fx.Node] = set()
     waiting = list(captured.outputs)
     while waiting:
@@ -102,6 +106,8 @@ def _look_up(lookup: Lookup, inputs: Mapping[fx.Node, Tensor]) -> Tensor:
     if isinstance(source, Columns):
         matrix = inputs[source.root]
         ids = matrix.reshape(matrix.shape[0], -1)[:, source.begin : source.end]
+        if lookup.program is not None:
+            return _run(lookup, lookup.program, ids)
         return pool_rows(lookup.weight.__getitem__, ids, lookup.pooling, padding_index=padding)
     return pool_rows(
         lookup.weight.__getitem__,
@@ -112,6 +118,19 @@ def _look_up(lookup: Lookup, inputs: Mapping[fx.Node, Tensor]) -> Tensor:
         weights=None if source.weights is None else inputs[source.weights],
         include_last_offset=source.include_last_offset,
     )
+
+
+def _run(lookup: Lookup, program: Program, record: Tensor) -> Tensor:
+    exported = torch.export.load(io.BytesIO(lookup.torch_file)).module(check_guards=False) if lookup.torch_file else None
+
+    def run(given: Tensor) -> Tensor:
+        return run_program(program, given, lambda table, ids: lookup.reads[table][ids], lookup.weight, lookup.dim, exported)
+
+    found = run(record)
+    # Steps cannot mix samples; torch can, and a sidecar runs as many of them at a time as it likes.
+    if exported is not None and not same_within_rounding(run(record[-1:]), found[-1:], torch.finfo(found.dtype).eps):
+        raise CutError(f"program {lookup.table}: the last sample alone gives something else\nremedy: sidecar_torch=False")
+    return found
 
 
 def _compare(captured: Captured, found: object, expected: tuple[Tensor, ...], unit: float, what: str) -> float:

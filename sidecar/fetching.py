@@ -10,7 +10,7 @@ import os
 import random
 import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -130,6 +130,7 @@ class Fetcher:
         complete, partial = complete_directory(order.base, order.new.epoch), partial_directory(order.base, order.new.epoch)
         wanted = self._wanted()
         linked = {shard.file: same for shard in wanted if (same := self._same(shard)) is not None}
+        torch_files = self._torch_files(wanted, linked)
         parts = [(s, piece.part) for s in wanted if s.file not in linked for piece in self._pieces(s)]
         self.progress.total_bytes = sum(same.bytes for same in linked.values())
         self.progress.total_bytes += sum(part.row_count * part.row_bytes(s.row_format) for s, part in parts)
@@ -137,6 +138,9 @@ class Fetcher:
             self._begin(partial)
             self._check_room(partial, [s for s in wanted if s.file not in linked], sum(s.bytes for s in wanted))
             files = [self._link(partial, s, linked[s.file]) if s.file in linked else self._bring(partial, s) for s in wanted]
+            for file in torch_files:
+                assert order.own is not None
+                shutil.copyfile(order.own.shards / file, partial / file)
             manifest = ShardManifest(sidecar=order.name, plan_fingerprint=order.new.fingerprint, shards=tuple(files))
             save_manifest(manifest, partial)
             sync(partial / MANIFEST_FILE)
@@ -190,6 +194,20 @@ class Fetcher:
             )
             for i, s in plan.held_by(plan.sidecar_index[self._order.name])
         ]
+
+    def _torch_files(self, wanted: Sequence[ShardFile], linked: Mapping[str, ShardFile]) -> list[str]:
+        """The files of programs that take torch; raises `PlanError` where such a program would move: only rows travel."""
+        files, plan = [], self._order.new
+        for shard in wanted:
+            program = plan.tables[plan.table_index[shard.table]].program
+            if program is None or program.torch is None:
+                continue
+            if shard.file not in linked:
+                raise PlanError(
+                    f"table {shard.table!r}: its program takes torch, whose file does not travel; allowed: the sidecar that has it"
+                )
+            files.append(program.torch.file)
+        return files
 
     def _begin(self, partial: Path) -> None:
         """Make the directory, or go on in it where it was made for the same plan; those of other moves go."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections.abc import Callable
@@ -43,7 +44,18 @@ def load_tables(
         raise PlanError(f"{directory}: shards of sidecar {found!r}; allowed: {name!r} (the name in the configuration)")
     if verify:
         _verify(plan, directory, progress, cancelled)
-    return build_table_set(plan, [directory], verify=False)
+    tables = build_table_set(plan, [directory], verify=False)
+    _one_torch_thread(plan)
+    return tables
+
+
+def _one_torch_thread(plan: Plan) -> None:
+    """Where programs run torch: engines are as many as there are cores for them, and share large lookups among them."""
+    if any(table.program is not None and table.program.torch is not None for table in plan.tables):
+        with contextlib.suppress(ImportError):  # then none of them lies here
+            import torch
+
+            torch.set_num_threads(1)
 
 
 def _verify(plan: Plan, directory: Path, progress: Callable[[int, int], None], cancelled: Callable[[], bool]) -> None:

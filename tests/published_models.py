@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 TORCHREC = ("DLRM", "DLRM_DCN", "SimpleDeepFMNN", "weighted")
 DEEPCTR = ("DeepFM", "WDL", "DCN", "DCNMix", "xDeepFM", "AutoInt", "FiBiNET", "NFM", "PNN", "IFM", "DIFM", "ONN", "MLR", "DIN",
-           "DIEN", "DIEN, attention first")  # fmt: skip
+           "DIEN", "DIEN, attention first", "DIEN, AGRU", "DIEN, AUGRU")  # fmt: skip
 WIDTH, DENSE = 8, 5
+_GRU_TYPES = {"DIEN": "GRU", "DIEN, attention first": "AIGRU", "DIEN, AGRU": "AGRU", "DIEN, AUGRU": "AUGRU"}
 
 
 @dataclass(frozen=True)
@@ -77,11 +78,10 @@ def deepctr(name: str) -> Published:
     poolings = {"sum"}
     if name == "DIN":
         columns = [*_single_and_numbers(), _history()]
-        model = models.DIN(columns, ["item"], att_weight_normalization=True)
-        poolings = {"sum", "none"}
+        model = models.DIN(columns, ["item"], att_weight_normalization=True)  # its attention runs in the sidecar
     elif name.startswith("DIEN"):
         columns = [*_single_and_numbers(), _history()]
-        model = models.DIEN(columns, ["item"], gru_type="GRU" if name == "DIEN" else "AIGRU")
+        model = models.DIEN(columns, ["item"], gru_type=_GRU_TYPES[name])
         poolings = {"sum", "none"}
     elif name in ("PNN", "MLR"):
         model = getattr(models, name)(columns)

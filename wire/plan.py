@@ -20,6 +20,7 @@ from pydantic import Field
 
 from sidepool.wire.config import MAX_YAML_BYTES, FormatVersion, Frozen, decode, dump_yaml, load_yaml
 from sidepool.wire.errors import PlanError
+from sidepool.wire.program import Program, validate_programs
 from sidepool.wire.sharding import PlacedShard, check_tiling, place_shards
 
 # One row must fit a cache-friendly scratch line; the widest published embedding (4096) is far below.
@@ -102,6 +103,8 @@ class Table(Frozen):
     out_of_range: OutOfRange = OutOfRange.ERROR
     default_row: Annotated[int, Field(ge=0)] = 0
     """The row that stands for an unknown id under `out_of_range: default_row`."""
+    program: Program | None = None
+    """Makes it a computed table: its rows are this program's weights, its bags records, see wire/program.py."""
 
     @property
     def row_bytes(self) -> int:
@@ -283,6 +286,7 @@ def validate_plan(plan: Plan, *, where: str = "plan") -> None:
         shards.setdefault(shard.table, []).append(shard)
     for table in plan.tables:
         check_tiling(table, shards.get(table.name, ()), where)
+    validate_programs(plan, where)
 
 
 def check_successor(old: Plan, new: Plan) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import mmap
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,6 +18,7 @@ from sidepool.wire.checksum import crc32c
 from sidepool.wire.errors import PlanError, ShardCorrupt, error_for
 from sidepool.wire.plan import Plan
 from sidepool.wire.shards import MANIFEST_FILE, ShardFile, ShardManifest, load_manifest
+from sidepool.wire.torch_program import external_call
 
 # A header of one tensor is about 100 bytes; the rest leaves room for whatever metadata a tool adds.
 MAX_HEADER_BYTES = 1 << 20
@@ -110,7 +111,7 @@ def build_table_set(plan: Plan, directories: Iterable[Path], *, verify: bool = T
     lies wholly elsewhere are left out. Raises `ShardCorrupt` and `PlanError`.
     """
     tables = new_table_set(plan)
-    held: set[tuple[int, int]] = set()
+    held: dict[tuple[int, int], Path] = {}
     for directory in directories:
         for shard in shards_of(plan, directory):
             path, offset = locate(directory, shard)
@@ -119,7 +120,8 @@ def build_table_set(plan: Plan, directories: Iterable[Path], *, verify: bool = T
                 verify_checksum(path, offset, shard)
             if (table, number) not in held:  # else a replica, in the directory of another sidecar
                 add_shard_file(tables, plan, shard, path, offset)
-                held.add((table, number))
+                held[table, number] = directory
+    add_programs(tables, plan, {table: directory for (table, _), directory in held.items()})
     seal_features(tables, plan, {table for table, _ in held})
     return tables
 
@@ -164,6 +166,27 @@ def seal_features(tables: _native.TableSet, plan: Plan, held: set[int]) -> None:
 
 def _extent(shard: ShardFile) -> tuple[tuple[int, int], tuple[int, int]]:
     return shard.row_range, shard.column_range
+
+
+def add_programs(tables: _native.TableSet, plan: Plan, held: Mapping[int, Path]) -> None:
+    """Make those tables of `plan` that are held computed ones where it says so. held: table (index) → directory of its shards.
+
+    Raises `PlanError` for what the core cannot run, or torch, where a program takes it; `ShardCorrupt` for a file of torch's.
+    """
+    for index, directory in held.items():
+        table = plan.tables[index]
+        program = table.program
+        if program is None:
+            continue
+        at = {x.table: plan.first_shard[plan.table_index[x.table]] for x in program.lookups}  # whole: the first is the only one
+        lookups = [(at[x.table], str(x.pooling), x.padding_index, x.begin, x.ids) for x in program.lookups]
+        inputs = [(x.kind == "bytes", x.begin, x.count) for x in program.inputs]
+        steps = [(str(x.op), list(x.sizes), x.depth, [list(o) for o in x.operands]) for x in program.steps]
+        external = None if program.torch is None else external_call(directory, program.torch, f"table {table.name!r}")
+        try:
+            tables.add_program(plan.first_shard[index], program.words, program.floats, lookups, inputs, steps, external)
+        except (_native.NativeError, ValueError) as e:
+            raise PlanError(f"table {table.name!r}: {e.args[-1]}") from e
 
 
 def _check_placement(plan: Plan, manifest: ShardManifest, directory: Path) -> None:

@@ -7,6 +7,7 @@
 
 #include "kernels.hpp"
 #include "lookahead.hpp"
+#include "program_kernels.hpp"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -19,6 +20,7 @@ struct Level {
   const char* name;
   bool (*runs_here)();
   kernels::PoolKernel pool;
+  kernels::StepKernel step;
 };
 
 #if defined(__x86_64__)
@@ -42,12 +44,12 @@ bool has_avx512() {
 // Best first.
 constexpr Level kLevels[] = {
 #if defined(__x86_64__)
-    {"avx512", has_avx512, kernels::pool_avx512},
-    {"avx2", has_avx2, kernels::pool_avx2},
+    {"avx512", has_avx512, kernels::pool_avx512, kernels::step_avx512},
+    {"avx2", has_avx2, kernels::pool_avx2, kernels::step_avx2},
 #elif defined(__aarch64__)
-    {"neon", [] { return true; }, kernels::pool_neon},
+    {"neon", [] { return true; }, kernels::pool_neon, kernels::step_scalar},
 #endif
-    {"scalar", [] { return true; }, kernels::pool_scalar},
+    {"scalar", [] { return true; }, kernels::pool_scalar, kernels::step_scalar},
 };
 
 std::atomic<const Level*> level_in_use{nullptr};
@@ -97,7 +99,9 @@ const std::byte* kernels::stand_in_row(PoolTask& task, int64_t id) {
 PoolTask pool_task(const Table& table, Pooling pooling, const BagInput& input, void* out, int64_t out_stride,
                    OutputFormat output, int64_t padding_index) {
   PoolTask task{};
-  task.base = table.base.load(std::memory_order_acquire);
+  task.program = table.program;
+  // A lookahead passes over what has no rows.
+  task.base = table.program != nullptr ? nullptr : table.base.load(std::memory_order_acquire);
   task.rows = table.rows;
   task.row_bytes = int64_t(row_bytes(table.format, table.dim));
   task.dim = table.dim;
@@ -122,7 +126,11 @@ PoolTask pool_task(const Table& table, Pooling pooling, const BagInput& input, v
 }
 
 Fault pool(PoolTask& task, Lookahead& ahead, PoolCounts& counts) {
-  if (task.base != nullptr) current_level().pool(task, ahead);
+  if (task.program != nullptr) {
+    task.program->run(task);
+  } else if (task.base != nullptr) {
+    current_level().pool(task, ahead);
+  }
 #if defined(__x86_64__)
   // Streamed stores are weakly ordered: whoever is told that the task is done must see them.
   if (task.streamed) __builtin_ia32_sfence();
@@ -134,9 +142,9 @@ Fault pool(PoolTask& task, Lookahead& ahead, PoolCounts& counts) {
 
 Fault fault_of(const PoolTask& task) {
   Fault fault;
-  if (task.base == nullptr) fault.status = Status::internal;
+  if (task.base == nullptr && task.program == nullptr) fault.status = Status::internal;
   if (task.reason != Reason::none) {
-    fault.status = Status::rejected;
+    fault.status = task.reason == Reason::program_failed ? Status::internal : Status::rejected;
     fault.reason = task.reason;
     fault.bag = task.bag;
     fault.value = task.value;
@@ -170,6 +178,8 @@ Fault pool_feature(const Table& table, Pooling pooling, const BagInput& input, v
   Lookahead ahead(&task, 1);
   return pool(task, ahead, counts);
 }
+
+kernels::StepKernel kernels::step_kernel() { return current_level().step; }
 
 std::string simd_level() { return current_level().name; }
 

@@ -48,6 +48,7 @@ struct PoolTask {
   OutOfRange policy;
   Pooling pooling;
   OutputFormat output;
+  const Program* program;  // runs the bags in place of pooling them; `base` is null then
   bool streamed;  // results go past the caches: set by stream_results
 
   Reason reason;  // none: the whole feature was pooled

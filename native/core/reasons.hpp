@@ -19,6 +19,8 @@ inline const char* reason_text(Reason reason) {
     case Reason::weight_not_finite: return "weights: the weight at position {value} is NaN or infinite";
     case Reason::too_few_columns: return "ids: found {value} columns; allowed: at least {allowed}";
     case Reason::too_large: return "bag {bag}: needs {value} bytes, more than a slot of the lane holds";
+    case Reason::program_failed: return "feature {feature}: its program failed in the sidecar, whose log says why";
+    case Reason::record_length: return "feature {feature}, bag {bag}: found a record of {value} words; allowed: what its program reads";
     case Reason::unknown_feature: return "feature {value} is not held by the sidecar that was asked for it";
   }
   return "unknown reason";

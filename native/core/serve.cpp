@@ -114,7 +114,7 @@ class Settlement {
     if (counters_ != nullptr) {
       TableCounters& c = counters_[tables_.feature(int32_t(feature)).table + entry.shard];
       c.lookups.add(part.first_bag == 0);
-      if (c.top) c.top->sample(task.values, task.value_count, task.rows);
+      if (c.top && task.program == nullptr) c.top->sample(task.values, task.value_count, task.rows);
       c.rows.add(task.rows_read);
       c.bytes.add(task.rows_read * task.row_bytes);
       c.out_of_range.add(task.out_of_range);

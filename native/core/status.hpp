@@ -34,6 +34,8 @@ enum class Reason : int32_t {
   too_few_columns = 10,     // value: width of the id matrix
   too_large = 11,           // value: bytes one sample needs
   unknown_feature = 12,
+  record_length = 13,       // value: words of a record
+  program_failed = 14,      // with Status::internal: torch raised, the sidecar's log has it
 };
 
 // Thrown by set-up calls only; the request path returns Status.

@@ -13,6 +13,7 @@
 
 #include "lookahead.hpp"
 #include "memory.hpp"
+#include "program.hpp"
 
 namespace sidepool {
 namespace {
@@ -153,12 +154,25 @@ void TableSet::add_feature(int32_t index, int32_t table, Pooling pooling, bool w
   features_[size_t(index)] = {table, shards, pooling, weighted, padding_index};
 }
 
+void TableSet::add_program(int32_t index, ProgramSpec spec) {
+  const std::string where = "table " + std::to_string(index);
+  if (sealed_) throw Error(Status::plan, where + ": a program added after the set was sealed");
+  if (index < 0 || index >= table_count_ || tables_[size_t(index)].base.load(std::memory_order_relaxed) == nullptr)
+    throw Error(Status::plan, where + ": found a program without weights; allowed: a table that was added");
+  programs_.push_back(std::make_unique<Program>(std::move(spec), *this, index));
+  tables_[size_t(index)].program = programs_.back().get();
+}
+
 void TableSet::seal() {
   for (size_t i = 0; i < features_.size(); ++i) {
     const Feature& feature = features_[i];
     if (feature.table < 0) continue;
     const std::string where = "feature " + std::to_string(i);
     bool held = false;
+    if (tables_[size_t(feature.table)].program != nullptr &&
+        (feature.pooling != Pooling::sum || feature.weighted || feature.shards != 1)) {
+      throw Error(Status::plan, where + ": found pooling or shards of a computed table; allowed: sum, without weights, whole");
+    }
     for (int32_t t = feature.table; t < feature.table + feature.shards; ++t) {
       const Table& table = tables_[size_t(t)];
       if (table.base.load(std::memory_order_relaxed) == nullptr) continue;
@@ -169,6 +183,9 @@ void TableSet::seal() {
       }
     }
     if (!held) throw Error(Status::plan, where + ": table " + std::to_string(feature.table) + " was not added");
+  }
+  for (const auto& program : programs_) {
+    if (program->reads_computed()) throw Error(Status::plan, "program: found a lookup of a computed table; allowed: of tables with rows");
   }
   sealed_ = true;
 }

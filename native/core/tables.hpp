@@ -12,6 +12,9 @@
 
 namespace sidepool {
 
+class Program;
+struct ProgramSpec;
+
 enum class Pooling : uint8_t { sum = 0, mean = 1, max = 2, none = 3 };
 // int8 and int4 are FBGEMM's fused rows: `dim` bytes, then scale and bias as fp32; or two values a byte, the lower four
 // bits first, then scale and bias as fp16. A value is scale · q + bias.
@@ -56,6 +59,8 @@ struct Table {
   // How far ahead of its use a row's fetch starts; 0: by lookahead.hpp's constant. A matter of speed alone: may change
   // while lookups run.
   std::atomic<int32_t> rows_ahead{0};
+  // Of a computed table: its rows are this program's weights, and its bags are run, see program.hpp.
+  const Program* program = nullptr;
 };
 
 constexpr int64_t kNoPadding = -1;
@@ -89,6 +94,8 @@ class TableSet {
   // cut, since whoever sorts the ids leaves padding out.
   void add_feature(int32_t feature, int32_t table, Pooling pooling, bool weighted, int64_t padding_index = kNoPadding,
                    int32_t shards = 1);
+  // Makes `table` a computed one; after it and every table that the program reads were added.
+  void add_program(int32_t table, ProgramSpec spec);
   void seal();
 
   // Where copies of rows lie from now on: before add_copy and promote. Error(plan) on a node that cannot be.
@@ -130,6 +137,7 @@ class TableSet {
   int32_t table_count_;
   std::unique_ptr<Table[]> tables_;
   std::vector<Feature> features_;
+  std::vector<std::unique_ptr<Program>> programs_;
   std::vector<Region> regions_;
   MemoryPolicy memory_;
   int placement_error_ = 0;

@@ -11,10 +11,10 @@ import torch
 
 from sidepool.client.dense import DenseGraph
 from sidepool.client.index_program import FeatureRouter
-from sidepool.client.program import load_program
 from sidepool.wire.errors import ConfigError, LookupRejected, ShardCorrupt
 from sidepool.wire.model import DenseProgram, FeatureSource, FixedSource, IndexProgram, JaggedSource, ModelSpec, TensorSpec
 from sidepool.wire.plan import Feature, Plan, Pooling, Shard, SidecarAddress, Table
+from sidepool.wire.torch_program import load_program
 
 Source = FixedSource | JaggedSource
 

@@ -6,11 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sidepool.wire.errors import ShardCorrupt
+from sidepool.wire.checksum import crc32c
+from sidepool.wire.errors import PlanError, ShardCorrupt
+from sidepool.wire.program import TorchFile
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
     from torch import Tensor
+
+    Values = NDArray[np.float32]
 
 Program = Callable[..., "tuple[Tensor, ...]"]
 """Flat positional tensors in, a flat tuple of tensors out."""
@@ -32,6 +38,34 @@ def load_program(file: Path, device: torch.device | None = None) -> Program:
     if device is not None and device.type != "cpu":
         exported = move_to_device_pass(exported, device)
     return _flat(exported)
+
+
+def external_call(directory: Path, found: TorchFile, what: str) -> Callable[[list[Values], Values], None]:
+    """What runs a program of torch's for a table set: fills in `[samples, dim]` from `[samples, values]` of every lookup and input.
+
+    It may be called by several threads at once. Raises `PlanError` where torch is not installed and `ShardCorrupt` for the file.
+    """
+    path = directory / found.file
+    try:
+        content = path.read_bytes()
+    except OSError as e:
+        raise ShardCorrupt(f"{path}: cannot be read: {e}") from e
+    if crc32c(content) != found.crc32c:
+        raise ShardCorrupt(f"{path}: CRC-32C: found {crc32c(content):#010x}; allowed: {found.crc32c:#010x} (from the plan)")
+    try:
+        import torch
+    except ImportError as e:
+        raise PlanError(
+            f"{what}: its program has {', '.join(found.operators)}, which take torch, and torch is not installed here\n"
+            "remedy: install torch beside the sidecar, or partition without --sidecar-torch"
+        ) from e
+    program = load_program(path)
+
+    def call(leaves: list[Values], results: Values) -> None:
+        with torch.inference_mode():
+            torch.from_numpy(results).copy_(program(*map(torch.from_numpy, leaves))[0])
+
+    return call
 
 
 def _flat(exported: torch.export.ExportedProgram) -> Program:
