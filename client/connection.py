@@ -29,6 +29,7 @@ class Connection:
     """Lanes to the sidecars of one plan, and the lookups under way on them."""
 
     def __init__(self, plan: Plan, options: LaneOptions, spin_us: int, fixed_columns: Sequence[tuple[int, int]] | None) -> None:
+        options.check(plan)
         self.plan = plan
         self.degrades = plan.on_missing_shard is OnMissingShard.DEGRADE
         self.sequence_features = [i for i, f in enumerate(plan.features) if f.pooling is Pooling.NONE]

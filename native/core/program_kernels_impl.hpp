@@ -158,7 +158,7 @@ void reduce(const Step& step, float* const* spaces) {
     do {
       float* out = walk.at[0];
       const float* in = walk.at[1];
-      __builtin_memcpy(out, in, size_t(run) * sizeof(float));
+      __builtin_memmove(out, in, size_t(run) * sizeof(float));  // a program may let them overlap, for what it is worth
       for (int64_t k = 1; k < n; ++k) {
         in += stride;
 #pragma GCC ivdep

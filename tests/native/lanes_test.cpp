@@ -306,6 +306,8 @@ void every_lookup_is_answered_under_its_own_epoch(const std::string& kind) {
     cluster.servers[0]->publish(make_epoch(epoch));
   }
   cluster.servers[0]->retire_previous();
+  for (const uint64_t until = now_ns() + 10'000'000'000; refused.load() == 0 && now_ns() < until;)
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
   stop.store(true);
   for (auto& t : threads) t.join();
   CHECK(good.load() >= 100);

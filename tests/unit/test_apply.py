@@ -67,7 +67,7 @@ def test_several_deployments_end_with_the_first(tmp_path: Path) -> None:
     ("words", "complaint"),
     [
         (["deploy"], "allowed: one plan, --inventory FILE"),
-        (["apply", "next.yaml"], "apply: --deployment: missing"),
+        (["apply", "next.yaml"], "apply: found neither --deployment nor --etcd"),
         (["apply", "--deployment", "deploy"], "apply: found []; allowed: one plan"),
         (["rollback", "next.yaml", "--deployment", "deploy"], "rollback: found ['next.yaml']; allowed: no plan"),
         (["apply", "next.yaml", "--deployment", "deploy", "--bytes-per-s", "-1"], "bytes-per-s: found -1.0"),
