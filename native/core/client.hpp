@@ -93,10 +93,11 @@ class LookupClient {
   void set_budgets(Scratch& scratch) const;
   void send_chunk(Scratch& scratch, InFlight& chunk, const LookupCall& call, uint64_t deadline, LookupResult& result);
   // A subrequest for `legs`; false where none of them has ids, so that nobody need be asked.
-  bool send(Scratch& scratch, InFlight& chunk, int32_t sidecar, const std::vector<int32_t>& legs, const LookupCall& call, uint64_t deadline);
-  Status post(Scratch& scratch, InFlight& chunk, Subrequest& sub, const LookupCall& call, uint64_t deadline);
+  // Without `wait` also where the sidecar has no slot free now.
+  bool send(Scratch& scratch, InFlight& chunk, int32_t sidecar, const std::vector<int32_t>& legs, const LookupCall& call, uint64_t deadline, bool wait);
+  Status post(Scratch& scratch, InFlight& chunk, Subrequest& sub, const LookupCall& call, uint64_t deadline, bool wait);
   // Sends the legs of `scratch.wanted` to other holders; what nobody is left for stays there.
-  void ask_others(Scratch& scratch, InFlight& chunk, const LookupCall& call, uint64_t deadline);
+  void ask_others(Scratch& scratch, InFlight& chunk, const LookupCall& call, uint64_t deadline, bool wait);
   int32_t another_holder(const Scratch& scratch, const InFlight& chunk, int32_t leg) const;
   void receive(Scratch& scratch, InFlight& chunk, const LookupCall& call, uint64_t deadline, LookupResult& result);
   // Waits until the subrequest is over (true) or `until`.

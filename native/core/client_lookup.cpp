@@ -24,6 +24,8 @@ bool credits_free(const std::vector<std::shared_ptr<ClientLane>>& lanes) {
 // While two sidecars race for the same legs, each is waited for in turns of this length: well below a healthy answer's
 // time over a network, well above the cost of looking.
 constexpr uint64_t kRaceTurnNs = 50'000;
+// How often a late subrequest looks whether another replica has a slot free by now.
+constexpr uint64_t kSlotLookNs = 1'000'000;
 
 }  // namespace
 
@@ -187,14 +189,14 @@ void LookupClient::send_chunk(Scratch& scratch, InFlight& chunk, const LookupCal
   chunk.asked.assign(routes_.legs.size(), 0);
   for (int32_t s = 0; s < routes_.sidecars && result.status == Status::ok; ++s) {
     const std::vector<int32_t>& legs = scratch.routed.legs_of(s);
-    if (legs.empty() || !send(scratch, chunk, s, legs, call, deadline)) continue;
+    if (legs.empty() || !send(scratch, chunk, s, legs, call, deadline, true)) continue;
     const size_t last = chunk.count - 1;
     if (chunk.subrequests[last].settled) failed(scratch, chunk, last, call, deadline, result);
   }
 }
 
 bool LookupClient::send(Scratch& scratch, InFlight& chunk, int32_t s, const std::vector<int32_t>& legs, const LookupCall& call,
-                        uint64_t deadline) {
+                        uint64_t deadline, bool wait) {
   Subrequest& sub = chunk.add();
   sub.sidecar = s;
   sub.lane = scratch.lanes[size_t(s)].get();
@@ -208,12 +210,16 @@ bool LookupClient::send(Scratch& scratch, InFlight& chunk, int32_t s, const std:
     return false;
   }
   for (const int32_t l : sub.asked.legs) chunk.asked[size_t(l)] = 1;
-  sub.status = post(scratch, chunk, sub, call, deadline);
+  sub.status = post(scratch, chunk, sub, call, deadline, wait);
   sub.settled = sub.status != Status::ok;
+  if (sub.status == Status::overloaded && !wait) {
+    --chunk.count;
+    return false;
+  }
   return true;
 }
 
-Status LookupClient::post(Scratch& scratch, InFlight& chunk, Subrequest& sub, const LookupCall& call, uint64_t deadline) {
+Status LookupClient::post(Scratch& scratch, InFlight& chunk, Subrequest& sub, const LookupCall& call, uint64_t deadline, bool wait) {
   if (sub.lane == nullptr || sub.lane->dead()) return Status::transport;
   const uint32_t batch = scratch.routed.chunk_batch(chunk.chunk);
   sub.offsets.assign(1, 0);
@@ -229,7 +235,7 @@ Status LookupClient::post(Scratch& scratch, InFlight& chunk, Subrequest& sub, co
   if (routes_.replicated)
     for (size_t i = 0; i < sub.asked.legs.size() && sub.others_ns == UINT64_MAX; ++i)
       if (another_holder(scratch, chunk, sub.asked.legs[i]) >= 0) sub.others_ns = begin + (deadline > begin ? (deadline - begin) / 2 : 0);
-  const int slot = sub.lane->acquire(std::min(deadline, sub.others_ns));
+  const int slot = sub.lane->acquire(wait ? std::min(deadline, sub.others_ns) : 0);
   if (slot < 0) return slot == -2 ? Status::transport : Status::overloaded;
   std::byte* frame = sub.lane->request(uint32_t(slot));
   scratch.routed.encode(chunk.chunk, sub.asked, frame);
@@ -274,7 +280,7 @@ int32_t LookupClient::another_holder(const Scratch& scratch, const InFlight& chu
   return best;
 }
 
-void LookupClient::ask_others(Scratch& scratch, InFlight& chunk, const LookupCall& call, uint64_t deadline) {
+void LookupClient::ask_others(Scratch& scratch, InFlight& chunk, const LookupCall& call, uint64_t deadline, bool wait) {
   scratch.asks.resize(sidecar_count());
   for (bool again = true; again;) {
     again = false;
@@ -290,7 +296,7 @@ void LookupClient::ask_others(Scratch& scratch, InFlight& chunk, const LookupCal
     scratch.wanted.resize(left);
     for (int32_t s = 0; s < routes_.sidecars; ++s) {
       const std::vector<int32_t>& legs = scratch.asks[size_t(s)];
-      if (legs.empty() || !send(scratch, chunk, s, legs, call, deadline)) continue;
+      if (legs.empty() || !send(scratch, chunk, s, legs, call, deadline, wait)) continue;
       chunk.racing = true;
       if (!chunk.subrequests[chunk.count - 1].settled) continue;
       scratch.wanted.insert(scratch.wanted.end(), legs.begin(), legs.end());
@@ -393,21 +399,26 @@ bool LookupClient::receive_some(Scratch& scratch, InFlight& chunk, Subrequest& s
   }
 }
 
-// An answer is late: others are asked for what it has not brought yet, and the first to come is taken.
+// An answer is late: others are asked for what it has not brought yet, and the first to come is taken. Only where they have
+// a slot free: the late one keeps its own, and two lookups that wait for each other's slots would wait until their deadlines.
 void LookupClient::late(Scratch& scratch, InFlight& chunk, size_t at, const LookupCall& call, uint64_t deadline) {
-  Subrequest& sub = chunk.subrequests[at];
-  if (sub.hedge && !replicas_.take_hedge()) {
-    sub.hedge = false;
-    sub.others_ns = sub.sent_ns + (deadline - sub.sent_ns) / 2;
+  const uint64_t now = now_ns();
+  const bool hedge = std::exchange(chunk.subrequests[at].hedge, false);
+  const uint64_t half = chunk.subrequests[at].sent_ns + (deadline - chunk.subrequests[at].sent_ns) / 2;
+  if (hedge && !replicas_.take_hedge()) {
+    chunk.subrequests[at].others_ns = half;
     return;
   }
-  (sub.hedge ? totals_.hedges : totals_.failovers).fetch_add(1, std::memory_order_relaxed);
-  if (!sub.hedge) replicas_.shun(sub.sidecar, now_ns());
-  sub.others_ns = UINT64_MAX;
+  if (!hedge) replicas_.shun(chunk.subrequests[at].sidecar, now);
   scratch.wanted.clear();
-  for (const int32_t l : sub.asked.legs)
+  for (const int32_t l : chunk.subrequests[at].asked.legs)
     if (!chunk.done[size_t(l)]) scratch.wanted.push_back(l);
-  ask_others(scratch, chunk, call, deadline);
+  const size_t before = chunk.count;
+  ask_others(scratch, chunk, call, deadline, false);
+  const bool asked = chunk.count > before, nobody = !scratch.wanted.empty();
+  // The list of subrequests may have grown, and moved.
+  chunk.subrequests[at].others_ns = asked || nobody ? UINT64_MAX : hedge ? half : now + kSlotLookNs;
+  if (asked) (hedge ? totals_.hedges : totals_.failovers).fetch_add(1, std::memory_order_relaxed);
 }
 
 // A subrequest is over without an answer: its legs go to other replicas; what has none left is lost, or fails the lookup.
@@ -421,7 +432,7 @@ void LookupClient::failed(Scratch& scratch, InFlight& chunk, size_t at, const Lo
       if (!chunk.done[size_t(l)] && !chunk.covered(l)) scratch.wanted.push_back(l);
     if (scratch.wanted.empty()) return;
     const size_t before = chunk.count;
-    ask_others(scratch, chunk, call, deadline);
+    ask_others(scratch, chunk, call, deadline, true);
     if (chunk.count > before) totals_.failovers.fetch_add(1, std::memory_order_relaxed);
     if (scratch.wanted.empty()) return;
     if (degrade_) {
