@@ -23,10 +23,10 @@ from test_partition_killed import Two, IDS
 
 own = artifact._write_sidecar
 
-def once(directory, plan, index, weights):
+def once(directory, plan, index, *rest):
     if index == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    return own(directory, plan, index, weights)
+    return own(directory, plan, index, *rest)
 
 artifact._write_sidecar = once
 partition_model(Two(), IDS, Path(sys.argv[1]), name="m")
