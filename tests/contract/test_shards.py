@@ -87,7 +87,7 @@ def test_cut_tables_give_what_torch_gives(lane: Lane, world: World, served_plan:
     shards = world.directory if lane == "local" else None
     with EmbeddingClient.connect(served_plan, lane=lane, shards_dir=shards, rdma=RANKER_PATH, pooling=pooling) as client:
         chunks = [assert_answers(client, world, batch, seed) for seed, batch in enumerate((0, 1, 7, 64, 500))]
-        assert chunks[-1] > 1 or lane == "local"
+        assert chunks[-1] > 1 or lane in ("local", "rdma")  # no slots, or larger ones
         assert client.stats()["out_of_range"] > 0  # of the tables whose rows are cut
 
 
