@@ -66,13 +66,4 @@ def _write_shard(table: Table, shard: PlacedShard, rows: NDArray[np.float32], di
     file = f"{table.name}-{shard.number}.safetensors"
     held = np.ascontiguousarray(rows[slice(*shard.rows), slice(*shard.columns)])
     save_file({table.name: held}, directory / file)
-    return ShardFile(
-        table=table.name,
-        file=file,
-        rows=shard.row_count,
-        dim=shard.column_count,
-        row_format=table.row_format,
-        first_row=shard.rows[0],
-        first_column=shard.columns[0],
-        crc32c=crc32c(held),
-    )
+    return ShardFile.of(table, shard.rows, shard.columns, file, crc32c(held))

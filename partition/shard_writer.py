@@ -11,9 +11,10 @@ from torch import Tensor
 from sidepool.partition.rows import RowError, decode, encode
 from sidepool.wire.checksum import crc32c
 from sidepool.wire.errors import CutError
-from sidepool.wire.plan import RowFormat, Table
+from sidepool.wire.plan import Table
 from sidepool.wire.sharding import PlacedShard
 from sidepool.wire.shards import ShardFile
+from sidepool.wire.stored_rows import take_columns
 
 # Bytes of fp32 rows that are read, encoded and written at a time: large enough for a disk, small beside any table.
 CHUNK_BYTES = 16 << 20
@@ -34,16 +35,7 @@ def write_shard(
     """
     begin, end = part.rows if part else (0, table.rows)
     columns = part.columns if part else (0, table.dim)
-    shard = ShardFile(
-        table=table.name,
-        file=file,
-        rows=end - begin,
-        dim=columns[1] - columns[0],
-        row_format=table.row_format,
-        first_row=begin,
-        first_column=columns[0],
-        crc32c=0,
-    )
+    shard = ShardFile.of(table, (begin, end), columns, file)
     error, checksum = RowError(), 0
     step = max(1, CHUNK_BYTES // (table.dim * 4))
     with (directory / file).open("wb") as out:
@@ -54,24 +46,11 @@ def write_shard(
             _check_finite(table, at, stored)
             if stored.dtype is not rows.dtype:
                 error = error.plus(rows, stored, table.row_format)
-            content = cut_columns(stored, table, columns).view(torch.uint8).numpy()
+            content = take_columns(stored.contiguous().view(torch.uint8).numpy(), table.row_format, columns)
             checksum = crc32c(content, checksum)
             out.write(content.data)
             written(content.nbytes)
     return shard.model_copy(update={"crc32c": checksum}), error
-
-
-def cut_columns(stored: Tensor, table: Table, columns: tuple[int, int]) -> Tensor:
-    """Columns `[begin, end)` of stored rows; of quantised ones each keeps its codes, and its row's scale and bias."""
-    begin, end = columns
-    if (begin, end) == (0, table.dim):
-        return stored
-    if not table.row_format.quantised:
-        return stored[:, begin:end].contiguous()
-    per_byte = 2 if table.row_format is RowFormat.INT4 else 1
-    codes = -(-table.dim // per_byte)
-    cut = stored[:, begin // per_byte : -(-end // per_byte)]
-    return torch.cat([cut, stored[:, codes:]], dim=1)
 
 
 def _check_finite(table: Table, begin: int, stored: Tensor) -> None:

@@ -7,7 +7,6 @@ They lie beside the configured `shards`: `shards.epoch-7` for epoch 7, with a ma
 from __future__ import annotations
 
 import glob
-import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from sidepool.sidecar.config import SidecarConfig
-from sidepool.wire.config import FormatVersion, Frozen, decode
+from sidepool.wire.config import FormatVersion, Frozen, load_json
 from sidepool.wire.durable import replace_text
 from sidepool.wire.errors import PlanError, ShardCorrupt
 from sidepool.wire.plan import Plan, load_plan, validate_plan
@@ -74,11 +73,7 @@ def partial_directories(base: Path) -> Iterator[Path]:
 def load_record(directory: Path) -> MoveRecord:
     """Read the record of a complete directory; raises `ShardCorrupt`."""
     path = directory / RECORD_FILE
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise ShardCorrupt(f"{path}: cannot be read: {e}") from e
-    record = decode(data, MoveRecord, where=str(path), error=ShardCorrupt)
+    record = load_json(path, MoveRecord, error=ShardCorrupt)
     validate_plan(record.plan, where=str(path))
     return record
 

@@ -182,16 +182,7 @@ class Fetcher:
         """The files of the new shards, their checksums not known yet."""
         plan = self._order.new
         return [
-            ShardFile(
-                table=(table := plan.tables[i]).name,
-                file=f"table-{i:04d}-{s.number:04d}.safetensors",
-                rows=s.row_count,
-                dim=s.column_count,
-                row_format=table.row_format,
-                first_row=s.rows[0],
-                first_column=s.columns[0],
-                crc32c=0,
-            )
+            ShardFile.of(plan.tables[i], s.rows, s.columns, f"table-{i:04d}-{s.number:04d}.safetensors")
             for i, s in plan.held_by(plan.sidecar_index[self._order.name])
         ]
 

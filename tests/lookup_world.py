@@ -136,18 +136,7 @@ def _write_sidecar(
         table, held = plan.tables[index], cut(rows[plan.tables[index].name], shard)
         file = f"{table.name}-{shard.number}.safetensors"
         save_file({table.name: held}, shards / file)
-        files.append(
-            ShardFile(
-                table=table.name,
-                file=file,
-                rows=shard.row_count,
-                dim=shard.column_count,
-                row_format=table.row_format,
-                first_row=shard.rows[0],
-                first_column=shard.columns[0],
-                crc32c=crc32c(held.tobytes()),
-            )
-        )
+        files.append(ShardFile.of(table, shard.rows, shard.columns, file, crc32c(held.tobytes())))
     save_manifest(ShardManifest(sidecar=sidecar, plan_fingerprint=plan.fingerprint, shards=tuple(files)), shards)
     listen = {"grpc": f"127.0.0.1:{port}", **extra.get("listen", {})}
     settings = {"name": sidecar, "plan": "../plan.yaml", "shards": "shards", **extra, "listen": listen}

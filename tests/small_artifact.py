@@ -87,16 +87,8 @@ def write_small_artifact(
     for table in held:
         data = rows[table.name]
         save_file({table.name: data}, artifact.shard_file(table.name))
-        files.append(
-            ShardFile(
-                table=table.name,
-                file=artifact.shard_file(table.name).name,
-                rows=table.rows,
-                dim=table.dim,
-                row_format=table.row_format,
-                crc32c=crc32c(data.tobytes()),
-            )
-        )
+        file = artifact.shard_file(table.name).name
+        files.append(ShardFile.of(table, (0, table.rows), (0, table.dim), file, crc32c(data.tobytes())))
     save_manifest(ShardManifest(sidecar=SIDECAR, plan_fingerprint=plan.fingerprint, shards=tuple(files)), artifact.shards)
     artifact.write_config(listen={"grpc": address or "127.0.0.1:0"})
     return artifact

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
 
-from sidepool.wire.config import FormatVersion, Frozen, decode
+from sidepool.wire.config import FormatVersion, Frozen, load_json
 from sidepool.wire.errors import ConfigError
 from sidepool.wire.plan import MAX_ROWS, Name
 
@@ -50,10 +49,9 @@ def load_access(path: Path) -> AccessProfile:
     try:
         if (size := path.stat().st_size) > MAX_PROFILE_BYTES:
             raise ConfigError(f"{path}: {size} bytes; an access profile has at most {MAX_PROFILE_BYTES}")
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
+    except OSError as e:
         raise ConfigError(f"{path}: cannot be read: {e}") from e
-    return decode(data, AccessProfile, where=str(path))
+    return load_json(path, AccessProfile)
 
 
 def save_access(profile: AccessProfile, path: Path) -> None:

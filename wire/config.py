@@ -54,6 +54,15 @@ def load_yaml(path: Path, kind: type[T], *, error: type[SidepoolError] = ConfigE
     return decode(data, kind, where=str(path), error=error)
 
 
+def load_json(path: Path, kind: type[T], *, error: type[SidepoolError] = ConfigError) -> T:
+    """Read `path`, JSON that sidepool wrote, as a `kind`; raises `error`, as `load_yaml` does."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise error(f"{path}: cannot be read: {e}") from e
+    return decode(data, kind, where=str(path), error=error)
+
+
 def decode(data: Any, kind: type[T], *, where: str, error: type[SidepoolError] = ConfigError) -> T:
     """Decode plain data (as YAML gives it) into `kind`; `where` begins every message."""
     if not isinstance(data, dict):

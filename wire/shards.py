@@ -9,9 +9,9 @@ from typing import Annotated
 
 from pydantic import Field
 
-from sidepool.wire.config import FormatVersion, Frozen, decode
+from sidepool.wire.config import FormatVersion, Frozen, load_json
 from sidepool.wire.errors import ShardCorrupt
-from sidepool.wire.plan import MAX_DIM, MAX_ROWS, Name, RowFormat
+from sidepool.wire.plan import MAX_DIM, MAX_ROWS, Name, RowFormat, Table
 
 MANIFEST_FILE = "shards.json"
 # Where a tensor begins in its file: rows of whole cache lines then lie on cache lines.
@@ -35,6 +35,20 @@ class ShardFile(Frozen):
     first_column: Annotated[int, Field(ge=0, le=MAX_DIM)] = 0
     crc32c: Annotated[int, Field(ge=0, lt=1 << 32)]
     """CRC-32C of the tensor's bytes (not of the safetensors header)."""
+
+    @classmethod
+    def of(cls, table: Table, rows: tuple[int, int], columns: tuple[int, int], file: str, crc32c: int = 0) -> ShardFile:
+        """The entry of `file`, which holds `rows` `[begin, end)` and `columns` `[begin, end)` of `table`."""
+        return cls(
+            table=table.name,
+            file=file,
+            rows=rows[1] - rows[0],
+            dim=columns[1] - columns[0],
+            row_format=table.row_format,
+            first_row=rows[0],
+            first_column=columns[0],
+            crc32c=crc32c,
+        )
 
     def header(self) -> bytes:
         """The front of the file, up to its tensor (https://github.com/huggingface/safetensors#format)."""
@@ -77,12 +91,7 @@ class ShardManifest(Frozen):
 
 def load_manifest(directory: Path) -> ShardManifest:
     """Read the manifest of a shard directory; raises `ShardCorrupt`."""
-    path = directory / MANIFEST_FILE
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise ShardCorrupt(f"{path}: cannot be read: {e}") from e
-    return decode(data, ShardManifest, where=str(path), error=ShardCorrupt)
+    return load_json(directory / MANIFEST_FILE, ShardManifest, error=ShardCorrupt)
 
 
 def save_manifest(manifest: ShardManifest, directory: Path) -> None:

@@ -11,26 +11,16 @@ from pathlib import Path
 import pytest
 from certificates import Authority
 from etcd_server import PREFIX, EtcdServer, etcd_server
+from small_plan import plan_of
 
 from sidepool import __main__ as entry
 from sidepool.wire.coordination import EtcdTls
 from sidepool.wire.errors import PlanError, TransportError
 from sidepool.wire.etcd import Etcd
 from sidepool.wire.etcd_plan import EtcdPlanSource
-from sidepool.wire.plan import Feature, Plan, Shard, SidecarAddress, Table, save_plan
+from sidepool.wire.plan import Plan, save_plan
 
 PATIENCE_S = 60.0
-
-
-def plan_of(epoch: int, sidecar: str = "s") -> Plan:
-    return Plan(
-        epoch=epoch,
-        model="m",
-        tables=(Table(name="t", rows=4, dim=2),),
-        features=(Feature(name="f", table="t"),),
-        sidecars=(SidecarAddress(name=sidecar, address="127.0.0.1:1"),),
-        shards=(Shard(table="t", sidecar=sidecar, rows=(0, 4), columns=(0, 2)),),
-    )
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +77,7 @@ def test_of_many_that_replace_a_plan_at_once_one_does(server: EtcdServer, source
     def replace(number: int) -> None:
         with closing(server.settings().plan_source()) as own:
             try:
-                own.replace(plan_of(1), plan_of(2, f"s{number}"))
+                own.replace(plan_of(1), plan_of(2, sidecar=f"s{number}"))
                 outcomes[number] = "done"
             except PlanError as e:
                 outcomes[number] = e
@@ -99,7 +89,7 @@ def test_of_many_that_replace_a_plan_at_once_one_does(server: EtcdServer, source
         thread.join()
     winners = [number for number, outcome in outcomes.items() if outcome == "done"]
     assert len(winners) == 1
-    assert source.read() == plan_of(2, f"s{winners[0]}")
+    assert source.read() == plan_of(2, sidecar=f"s{winners[0]}")
     source.replace(plan_of(1), source.read())  # again: nothing to do
     with pytest.raises(PlanError, match=r"/shop/plan in etcd: epoch: found 2, another plan; allowed: 1"):
         source.replace(plan_of(1), plan_of(3))

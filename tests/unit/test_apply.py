@@ -5,22 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from small_plan import plan_of
 
 from sidepool.__main__ import main
 from sidepool.partition.apply_command import find_places
 from sidepool.wire.errors import PlanError
-from sidepool.wire.plan import Feature, Plan, Shard, SidecarAddress, Table, load_plan, save_plan
-
-
-def plan_of(epoch: int, model: str = "m") -> Plan:
-    return Plan(
-        epoch=epoch,
-        model=model,
-        tables=(Table(name="t", rows=4, dim=2),),
-        features=(Feature(name="f", table="t"),),
-        sidecars=(SidecarAddress(name="s", address="127.0.0.1:1"),),
-        shards=(Shard(table="t", sidecar="s", rows=(0, 4), columns=(0, 2)),),
-    )
+from sidepool.wire.plan import load_plan, save_plan
 
 
 def write(directory: Path, *copies: str) -> list[Path]:
@@ -38,7 +28,7 @@ def epochs(paths: list[Path]) -> list[int]:
 
 def test_copies_of_the_plan_change_with_it_and_other_models_plans_do_not(tmp_path: Path) -> None:
     root, first, second, other = write(tmp_path, "m/1", "m/2", "n/1")
-    save_plan(plan_of(7, "n"), other)
+    save_plan(plan_of(7, model="n"), other)
     places = find_places([tmp_path], plan_of(2))
     assert [getattr(source, "path", None) for source in places.sources] == [first, second, root]  # what counts comes last
     save_plan(plan_of(2), first)  # an earlier try came this far

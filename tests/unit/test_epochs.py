@@ -5,22 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from small_plan import plan_of
 
 from sidepool.sidecar.config import SidecarConfig
 from sidepool.sidecar.epochs import Before, MoveRecord, MoveState, complete_directory, save_record, sources
 from sidepool.wire.errors import PlanError, ShardCorrupt
-from sidepool.wire.plan import Feature, Plan, Shard, SidecarAddress, Table, save_plan
-
-
-def plan_of(epoch: int, sidecar: str = "s") -> Plan:
-    return Plan(
-        epoch=epoch,
-        model="m",
-        tables=(Table(name="t", rows=4, dim=2),),
-        features=(Feature(name="f", table="t"),),
-        sidecars=(SidecarAddress(name=sidecar, address="127.0.0.1:1"),),
-        shards=(Shard(table="t", sidecar=sidecar, rows=(0, 4), columns=(0, 2)),),
-    )
+from sidepool.wire.plan import save_plan
 
 
 def configured(directory: Path, epoch: int | None) -> SidecarConfig:
@@ -83,7 +73,7 @@ def test_a_sidecar_that_joined_has_nothing_to_begin_with(tmp_path: Path) -> None
 def test_a_plan_file_that_was_switched_is_the_one_that_was_brought(tmp_path: Path) -> None:
     bring(tmp_path, 2, "switched", before=1)
     assert served(configured(tmp_path, 2)) == [(1, "shards"), (2, "shards.epoch-2")]
-    save_plan(plan_of(2, "other"), tmp_path / "plan.yaml")
+    save_plan(plan_of(2, sidecar="other"), tmp_path / "plan.yaml")
     with pytest.raises(PlanError, match=r"epoch: found 2, which stands for another plan in .*shards\.epoch-2"):
         sources(SidecarConfig(name="s", plan=str(tmp_path / "plan.yaml"), shards=str(tmp_path / "shards")))
 

@@ -6,24 +6,14 @@ import threading
 from pathlib import Path
 
 import pytest
+from small_plan import plan_of
 
 from sidepool.wire import plan_source
 from sidepool.wire.errors import PlanError
-from sidepool.wire.plan import Feature, Plan, Shard, SidecarAddress, Table, load_plan, save_plan
+from sidepool.wire.plan import load_plan, save_plan
 from sidepool.wire.plan_source import FilePlanSource
 
 PATIENCE_S = 60.0
-
-
-def plan_of(epoch: int) -> Plan:
-    return Plan(
-        epoch=epoch,
-        model="m",
-        tables=(Table(name="t", rows=4, dim=2),),
-        features=(Feature(name="f", table="t"),),
-        sidecars=(SidecarAddress(name="s", address="127.0.0.1:1"),),
-        shards=(Shard(table="t", sidecar="s", rows=(0, 4), columns=(0, 2)),),
-    )
 
 
 @pytest.fixture
