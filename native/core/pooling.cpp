@@ -9,7 +9,9 @@
 #include "lookahead.hpp"
 #include "program_kernels.hpp"
 
-#if defined(__x86_64__)
+// Builds that look for races need no more than one level.
+#if defined(__x86_64__) && !defined(SIDEPOOL_SCALAR)
+#define SIDEPOOL_AVX
 #include <cpuid.h>
 #endif
 
@@ -23,7 +25,7 @@ struct Level {
   kernels::StepKernel step;
 };
 
-#if defined(__x86_64__)
+#ifdef SIDEPOOL_AVX
 // Not every compiler that we support knows "f16c" in __builtin_cpu_supports.
 bool has_f16c() {
   unsigned a = 0, b = 0, c = 0, d = 0;
@@ -43,7 +45,7 @@ bool has_avx512() {
 
 // Best first.
 constexpr Level kLevels[] = {
-#if defined(__x86_64__)
+#ifdef SIDEPOOL_AVX
     {"avx512", has_avx512, kernels::pool_avx512, kernels::step_avx512},
     {"avx2", has_avx2, kernels::pool_avx2, kernels::step_avx2},
 #elif defined(__aarch64__)
