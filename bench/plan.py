@@ -1,9 +1,9 @@
 """`sidepool bench plan`: what cutting, copying and placing tables costs and gains.
 
-network: response bytes per lookup with pooling at the sidecars and at the ranker, over tables whose rows are cut over all
-sidecars, counted on the lanes. strategies: expected p99 of the four strategies on a model whose tables are used very unevenly,
-and how long planning takes. failover: a replica is killed, or stalls, under load: the slowest request. resharding: p99 of lookups
-while shards move, and without.
+network: bytes per lookup with pooling at the sidecars and at the ranker, over tables whose rows are cut over all sidecars; counted
+on the lanes, and over the shaped cables of machines in network namespaces, where such can be made. strategies: expected p99 of the
+four strategies on a model whose tables are used very unevenly, and how long planning takes. failover: a replica is killed, or
+stalls, under load: the slowest request. resharding: p99 of lookups while shards move, and without.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ import signal
 import tempfile
 import threading
 import time
-from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,36 +23,19 @@ import numpy as np
 
 from sidepool.bench import machine
 from sidepool.bench.ids import calibrated
+from sidepool.bench.namespaces import CannotShape
+from sidepool.bench.network import BATCH, ROWS, SHAPES, network, over_cables
 from sidepool.bench.processes import running_sidecars
 from sidepool.bench.resharding import resharding
-from sidepool.bench.shard_files import make_plan, write_sidecars
+from sidepool.bench.shard_files import cut_plan, write_sidecars
+from sidepool.bench.stop_signals import stopped_by_signals
 from sidepool.client import EmbeddingClient
-from sidepool.client.lanes import PoolingPlace
 from sidepool.partition.inventory import CpuNode, Inventory, Nic
 from sidepool.partition.replan import STATIC, STRATEGIES, replan
 from sidepool.wire.access import AccessProfile, TableAccess
-from sidepool.wire.config import decode
 from sidepool.wire.plan import Feature, Plan, Shard, SidecarAddress, Table
 
 SEED = 3
-BATCH = 64
-LOOKUPS = 50
-ROWS = 20_000
-PATIENT_MS = 60_000.0
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Tables, ids per bag and dim of a model of Gupta et al., DeepRecSys (ISCA 2020), table 1, with rows that fit any machine."""
-
-    name: str
-    tables: int
-    ids_per_bag: int
-    dim: int
-
-
-SHAPES = (Shape("DLRM-RMC1", 10, 80, 32), Shape("DLRM-RMC2", 40, 80, 32), Shape("DLRM-RMC3", 10, 20, 32), Shape("WnD", 20, 1, 32))
-SIDECARS = 4
 # The skewed model: ids per bag, and seconds of a card of 200 Gb/s per row: its id, and its share of a bag of 64 fp32 values.
 IDS_PER_BAG = 20
 ROW_S = (8 + (4 + 256) / IDS_PER_BAG) / 25e9
@@ -74,19 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure, print, write JSON; 1 where a promise is not kept."""
     args.work_dir.mkdir(parents=True, exist_ok=True)
-    results: dict[str, Any] = {"machine": machine.describe(SEED), "network": [], "failover": []}
-    for shape in SHAPES:
-        results["network"].append(network(shape, args.work_dir))
-        print(json.dumps(results["network"][-1]), flush=True)
-    results["strategies"] = strategies(200, 16)
-    print(json.dumps(results["strategies"]), flush=True)
-    results["planning"] = planning_s(1000, 64)
-    print(json.dumps(results["planning"]), flush=True)
-    for how in ("killed", "stalled"):
-        results["failover"].append(failover(how, args.work_dir))
-        print(json.dumps(results["failover"][-1]), flush=True)
-    results["resharding"] = resharding(args.work_dir)
-    print(json.dumps(results["resharding"]), flush=True)
+    with stopped_by_signals():
+        results = _measured(args.work_dir)
     kept = {
         "optimal": results["strategies"]["optimal"] <= 0.8 * min(results["strategies"][s] for s in STATIC),
         "planning": results["planning"]["seconds"] <= 60,
@@ -100,54 +70,27 @@ def run(args: argparse.Namespace) -> int:
     return 0 if all(kept.values()) else 1
 
 
-def cut_plan(tables: int, dim: int, *, sidecars: int, parts: int, copies: int) -> Plan:
-    """Every table cut into `parts` row ranges, each on `copies` sidecars."""
-    plan = make_plan(tables, ROWS, dim, sidecars)
-    edges = [ROWS * i // parts for i in range(parts + 1)]
-    shards = tuple(
-        Shard(table=t.name, sidecar=plan.sidecars[(part + copy) % sidecars].name, rows=rows, columns=(0, dim))
-        for t in plan.tables
-        for part, rows in enumerate(pairwise(edges))
-        for copy in range(copies)
-    )
-    content = plan.model_dump(mode="json", exclude_none=True) | {"shards": [s.model_dump(mode="json") for s in shards]}
-    return decode(content, Plan, where="plan")
+def _measured(work_dir: Path) -> dict[str, Any]:
+    """Every part, printed as soon as it is there."""
+    results: dict[str, Any] = {"machine": machine.describe(SEED), "network": [], "cables": [], "failover": []}
 
+    def say(part: Any) -> Any:
+        print(json.dumps(part), flush=True)
+        return part
 
-def network(shape: Shape, work_dir: Path) -> dict[str, Any]:
-    """Response bytes per lookup of both ways of pooling, and the servers that a bag touches."""
-    plan = cut_plan(shape.tables, shape.dim, sidecars=SIDECARS, parts=SIDECARS, copies=1)
-    random = np.random.default_rng(SEED)
-    lengths = np.full((shape.tables, BATCH), shape.ids_per_bag, np.int32)
-    values = random.integers(0, ROWS, (LOOKUPS, lengths.sum()))
-    bags = values.reshape(-1, shape.ids_per_bag) // (ROWS // SIDECARS)
-    touched = float(np.mean([len(set(bag)) for bag in bags[:2000].tolist()]))
-    rows = random.standard_normal((ROWS, shape.dim)).astype(np.float32)
-    sent: dict[str, float] = {}
-    directory = Path(tempfile.mkdtemp(prefix="plan-", dir=work_dir))
+    for shape in SHAPES:
+        results["network"].append(say(network(shape, work_dir)))
     try:
-        configs = write_sidecars(plan, directory, lambda table: rows)
-        with running_sidecars(configs, work_dir=directory):
-            for pooling in ("sidecar", "ranker"):
-                sent[pooling] = _response_bytes(plan, pooling, values, lengths)
-    finally:
-        shutil.rmtree(directory)
-    return {
-        "model": shape.name,
-        "ids_per_bag": shape.ids_per_bag,
-        "servers_touched": touched,
-        "sidecar_bytes": sent["sidecar"],
-        "ranker_bytes": sent["ranker"],
-        "ratio": sent["ranker"] / sent["sidecar"],
-        "expected_ratio": shape.ids_per_bag / touched,
-    }
-
-
-def _response_bytes(plan: Plan, pooling: PoolingPlace, values: Any, lengths: Any) -> float:
-    with EmbeddingClient.connect(plan, lane="tcp", pooling=pooling) as client:
-        parts = [(ids, lengths.reshape(-1), None) for ids in values]
-        timings = [client.lookup_parts([part], deadline_ms=PATIENT_MS).timings for part in parts]
-        return sum(s.response_bytes for t in timings for s in t.sidecars) / len(parts)
+        for shape in SHAPES:
+            results["cables"].append(say(over_cables(shape, work_dir)))
+    except CannotShape as e:
+        say({"cables": f"skipped: {e}"})
+    results["strategies"] = say(strategies(200, 16))
+    results["planning"] = say(planning_s(1000, 64))
+    for how in ("killed", "stalled"):
+        results["failover"].append(say(failover(how, work_dir)))
+    results["resharding"] = say(resharding(work_dir))
+    return results
 
 
 def skewed(tables: int, nodes: int) -> tuple[Plan, Inventory, AccessProfile]:
@@ -198,7 +141,7 @@ def planning_s(tables: int, nodes: int) -> dict[str, float | None]:
 
 def failover(how: str, work_dir: Path) -> dict[str, Any]:
     """Two replicas of everything, callers with a deadline; one replica dies or stalls in the middle."""
-    plan = cut_plan(10, 32, sidecars=2, parts=2, copies=2)
+    plan = cut_plan(10, ROWS, 32, sidecars=2, parts=2, copies=2)
     rows = np.ones((ROWS, 32), np.float32)
     directory = Path(tempfile.mkdtemp(prefix="plan-", dir=work_dir))
     slowest, counts = [0.0] * LOAD_THREADS, {"requests": 0, "failed": 0, "wrong": 0}

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from sidepool.bench.namespaces import Machine
 from sidepool.wire.errors import TransportError
 
 # Mapping and verifying checksums of a few GB takes seconds; a minute means something is wrong.
@@ -22,9 +23,10 @@ STOP_TIMEOUT_S = 10.0
 class Sidecar:
     """One `sidepool sidecar` process, which can be stopped and started again."""
 
-    def __init__(self, config: Path, *, log: Path, ready: Path) -> None:
-        """`log` collects its output over all starts; `ready` is its ready file."""
-        self._command = [sys.executable, "-m", "sidepool", "sidecar", "--config", str(config), "--ready-file", str(ready)]
+    def __init__(self, config: Path, *, log: Path, ready: Path, machine: Machine | None = None) -> None:
+        """`log` collects its output over all starts; `ready` is its ready file. `machine`: where it runs, if not just here."""
+        command = [sys.executable, "-m", "sidepool", "sidecar", "--config", str(config), "--ready-file", str(ready)]
+        self._command = command if machine is None else machine.command(command)
         self._log, self._ready = log, ready
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -77,10 +79,10 @@ class Sidecar:
 
 
 @contextlib.contextmanager
-def running_sidecars(configs: Sequence[Path], *, work_dir: Path) -> Iterator[list[Sidecar]]:
+def running_sidecars(configs: Sequence[Path], *, work_dir: Path, machines: Sequence[Machine] = ()) -> Iterator[list[Sidecar]]:
     """Start one sidecar per configuration file and wait until all are ready; raises `TransportError` with a log's end.
 
-    Logs and ready files go to `work_dir`, named `sidecar-N`. Leaving stops them.
+    machines: one for each, if not all just here. Logs and ready files go to `work_dir`, named `sidecar-N`. Leaving stops them.
     """
     work_dir.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
@@ -88,7 +90,7 @@ def running_sidecars(configs: Sequence[Path], *, work_dir: Path) -> Iterator[lis
         for i, config in enumerate(configs):
             log = work_dir / f"sidecar-{i}.log"
             log.unlink(missing_ok=True)
-            sidecar = Sidecar(config, log=log, ready=work_dir / f"sidecar-{i}.ready")
+            sidecar = Sidecar(config, log=log, ready=work_dir / f"sidecar-{i}.ready", machine=machines[i] if machines else None)
             stack.callback(sidecar.stop)
             sidecar.start()
             sidecars.append(sidecar)

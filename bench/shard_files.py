@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +13,18 @@ from safetensors.numpy import save_file
 
 from sidepool.bench.triton_server import free_ports
 from sidepool.wire.checksum import crc32c
+from sidepool.wire.config import decode
 from sidepool.wire.plan import Feature, Plan, Shard, SidecarAddress, Table, save_plan
 from sidepool.wire.sharding import PlacedShard
 from sidepool.wire.shards import ShardFile, ShardManifest, save_manifest
 
 
-def make_plan(tables: int, rows: int, dim: int, sidecars: int) -> Plan:
-    """`tables` equal tables, looked up by one feature each, in turn on `sidecars` loopback addresses that are free now."""
+def make_plan(tables: int, rows: int, dim: int, sidecars: int, addresses: Sequence[str] = ()) -> Plan:
+    """`tables` equal tables, looked up by one feature each, in turn on `sidecars` sidecars.
+
+    addresses: theirs; default: loopback ports that are free now.
+    """
+    addresses = addresses or [f"127.0.0.1:{port}" for port in free_ports(sidecars)]
     names = [f"table{i}" for i in range(tables)]
     holders = [f"sidecar-{i}" for i in range(sidecars)]
     return Plan(
@@ -26,13 +32,27 @@ def make_plan(tables: int, rows: int, dim: int, sidecars: int) -> Plan:
         model="bench",
         tables=tuple(Table(name=name, rows=rows, dim=dim) for name in names),
         features=tuple(Feature(name=name, table=name) for name in names),
-        sidecars=tuple(
-            SidecarAddress(name=name, address=f"127.0.0.1:{port}") for name, port in zip(holders, free_ports(sidecars), strict=True)
-        ),
+        sidecars=tuple(SidecarAddress(name=name, address=at) for name, at in zip(holders, addresses, strict=True)),
         shards=tuple(
             Shard(table=name, sidecar=holders[i % sidecars], rows=(0, rows), columns=(0, dim)) for i, name in enumerate(names)
         ),
     )
+
+
+def cut_plan(
+    tables: int, rows: int, dim: int, *, sidecars: int, parts: int, copies: int = 1, addresses: Sequence[str] = ()
+) -> Plan:
+    """As `make_plan`, but with every table cut into `parts` row ranges, each on `copies` sidecars."""
+    plan = make_plan(tables, rows, dim, sidecars, addresses)
+    edges = [rows * i // parts for i in range(parts + 1)]
+    shards = tuple(
+        Shard(table=t.name, sidecar=plan.sidecars[(part + copy) % sidecars].name, rows=part_rows, columns=(0, dim))
+        for t in plan.tables
+        for part, part_rows in enumerate(pairwise(edges))
+        for copy in range(copies)
+    )
+    content = plan.model_dump(mode="json", exclude_none=True) | {"shards": [s.model_dump(mode="json") for s in shards]}
+    return decode(content, Plan, where="plan")
 
 
 def write_sidecars(
@@ -55,7 +75,7 @@ def write_sidecars(
             "name": sidecar.name,
             "plan": "../plan.yaml",
             "shards": "shards",
-            "listen": {"grpc": sidecar.address},
+            "listen": {"grpc": sidecar.address, "tcp": f"{sidecar.address.rpartition(':')[0]}:0"},
             **(more or {}),
         }
         configs[-1].write_text(yaml.safe_dump(settings), encoding="utf-8")

@@ -288,12 +288,19 @@ def _processes() -> Iterator[tuple[int, int, str]]:
 
 
 def free_ports(count: int) -> list[int]:
-    """Loopback ports that nobody listens on; all are held until all are found, so they differ."""
-    with contextlib.ExitStack() as held:
-        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
-        for s in sockets:
-            s.bind(("127.0.0.1", 0))
-        return [int(s.getsockname()[1]) for s in sockets]
+    """Loopback ports that nobody listens on, and that are given to nobody else as long as this process lives.
+
+    Each stays bound here: Linux then chooses it for no other socket, be it a listener's or the near end of a connection, yet a
+    server that names it (with SO_REUSEADDR, as servers have it) may listen there, end, and come back.
+    """
+    ports = []
+    for _ in range(count):
+        held = socket.socket()
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", 0))
+        ports.append(int(held.getsockname()[1]))
+        held.detach()  # open until the process ends
+    return ports
 
 
 def _package() -> Path | None:

@@ -108,7 +108,7 @@ def deployed(directory: Path, **settings: object) -> Iterator[Deployment]:
 
 
 class Load:
-    """Callers that look up without pause through one client and compare every value with torch's."""
+    """Callers that look up without pause through whatever client is current, and compare every value with torch's."""
 
     THREADS = 2
 
@@ -147,7 +147,11 @@ class Load:
         while self.client.plan.epoch != epoch:
             assert time.monotonic() < until
             time.sleep(0.01)
-        before = list(self.looked)
+        self.go_on()
+
+    def go_on(self) -> None:
+        """Return once every caller has begun and ended a lookup since now."""
+        before, until = list(self.looked), time.monotonic() + PATIENCE_S
         while any(now < then + 2 for now, then in zip(self.looked, before, strict=True)):
             assert time.monotonic() < until
             time.sleep(0.001)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import signal
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ import pytest
 from lookup_world import SIDECARS, Bags, World, expected, random_bags, write_world
 from sidecar_process import ready, wait_until_stopped
 
+from sidepool.bench.triton_server import free_ports
 from sidepool.client import EmbeddingClient, Pooled
 from sidepool.client.lanes import Lane
 from sidepool.wire import control_pb2
@@ -28,13 +28,6 @@ RETURN_S = 2.0
 PATIENT_MS = 20_000.0
 
 
-def free_ports() -> tuple[int, int]:
-    with socket.socket() as one, socket.socket() as two:
-        for each in (one, two):
-            each.bind(("127.0.0.1", 0))
-        return one.getsockname()[1], two.getsockname()[1]
-
-
 @pytest.fixture(params=["shm", "tcp", "grpc"])
 def lane(request: pytest.FixtureRequest) -> Lane:
     name: Lane = request.param
@@ -43,7 +36,8 @@ def lane(request: pytest.FixtureRequest) -> Lane:
 
 @pytest.fixture
 def ports() -> tuple[int, int]:
-    return free_ports()
+    left, right = free_ports(2)
+    return left, right
 
 
 @pytest.fixture

@@ -71,6 +71,16 @@ def applying(deployment: Deployment, plan: Path, *, until_bytes: int) -> Iterato
         process.communicate()
 
 
+def killed_tool(deployment: Deployment, *, until_bytes: int) -> Path:
+    """Kill `plan apply` in the middle; returns the plan that brings the third sidecar in."""
+    deployment.start("third", WAITING)
+    plan = deployment.spread(4, ALL)
+    with applying(deployment, plan, until_bytes=until_bytes) as process:
+        process.kill()
+        process.wait()
+    return plan
+
+
 def rows_sent(deployment: Deployment, last_row: int) -> list[int]:
     """Where each call for the rows of the large table that end at `last_row` began, by the log of the one that holds them."""
     lines = "".join(deployment.running["left"].stderr)
@@ -78,11 +88,7 @@ def rows_sent(deployment: Deployment, last_row: int) -> list[int]:
 
 
 def test_a_killed_tool_is_run_again_and_goes_on(deployment: Deployment) -> None:
-    deployment.start("third", WAITING)
-    plan = deployment.spread(4, ALL)
-    with applying(deployment, plan, until_bytes=1_200_000) as process:
-        process.kill()
-        process.wait()
+    plan = killed_tool(deployment, until_bytes=1_200_000)
     assert_served(deployment, 3)
     for _ in range(2):  # once more after the end changes nothing
         ran = deployment.apply("apply", plan)
@@ -108,11 +114,7 @@ def test_a_killed_receiver_goes_on_with_what_has_arrived(deployment: Deployment)
 
 
 def test_what_was_interrupted_is_undone_without_a_trace(deployment: Deployment) -> None:
-    deployment.start("third", WAITING)
-    plan = deployment.spread(4, ALL)
-    with applying(deployment, plan, until_bytes=500_000) as process:
-        process.kill()
-        process.wait()
+    plan = killed_tool(deployment, until_bytes=500_000)
     assert deployment.brought("third") == ["shards.epoch-4.partial"]
     ran = deployment.apply("apply", plan, "--undo")
     assert ran.returncode == 0, ran.stderr

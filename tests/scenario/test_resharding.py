@@ -3,63 +3,19 @@
 from __future__ import annotations
 
 import signal
-import threading
-import time
 from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
 import pytest
 import yaml
-from lookup_world import SIDECARS, World, expected, random_bags, write_world
-from sidecar_process import PATIENCE_S, ready, started
+from changing_world import Load
+from lookup_world import SIDECARS, write_world
+from sidecar_process import ready, started
 
 from sidepool.client import EmbeddingClient
 from sidepool.partition.reshard import reshard
 from sidepool.wire.errors import PlanError
 from sidepool.wire.plan import Plan, Shard, SidecarAddress
-
-THREADS = 2
-
-
-class Load:
-    """Callers that look up without pause through whatever client is current, and check every value."""
-
-    def __init__(self, client: EmbeddingClient, world: World) -> None:
-        self.client = client
-        self.world = world
-        self.looked: list[int] = [0] * THREADS
-        self.problems: list[str] = []
-        self._stop = threading.Event()
-        self._threads = [threading.Thread(target=self._look, args=(t,)) for t in range(THREADS)]
-        for thread in self._threads:
-            thread.start()
-
-    def _look(self, thread: int) -> None:
-        bags = [random_bags(self.world.plan, 4, seed=seed) for seed in range(thread, 20, THREADS)]
-        wanted = [expected(self.world.plan, self.world.rows, b)[0] for b in bags]
-        while not self._stop.is_set():
-            at = self.looked[thread] % len(bags)
-            try:
-                found = self.client.lookup(*bags[at].part, deadline_ms=PATIENCE_S * 1e3).out
-                np.testing.assert_allclose(found, wanted[at], rtol=1e-5, atol=1e-5)
-            except Exception as e:
-                self.problems.append(repr(e))
-            self.looked[thread] += 1
-
-    def go_on(self) -> None:
-        """Return once every caller has begun and ended a lookup since now."""
-        for thread in range(THREADS):
-            before, until = self.looked[thread], time.monotonic() + PATIENCE_S
-            while self.looked[thread] < before + 2:
-                assert time.monotonic() < until
-                time.sleep(0.001)
-
-    def stop(self) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join()
-
 
 def spread(plan: Plan, addresses: dict[str, str], epoch: int) -> Plan:
     """Every table cut by rows over all sidecars named, as far as it has rows."""
