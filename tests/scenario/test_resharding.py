@@ -17,6 +17,7 @@ from sidepool.partition.reshard import reshard
 from sidepool.wire.errors import PlanError
 from sidepool.wire.plan import Plan, Shard, SidecarAddress
 
+
 def spread(plan: Plan, addresses: dict[str, str], epoch: int) -> Plan:
     """Every table cut by rows over all sidecars named, as far as it has rows."""
     names = list(addresses)
