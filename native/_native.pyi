@@ -92,6 +92,10 @@ class TableSet:
 
         Run it once, from one background thread. Lookups use a table's copy from the moment it is complete.
         """
+    def share(self, table: int, other: TableSet, others_table: int) -> bool:
+        """Have a mapped table read its rows where `other` has promoted those of the same file; each set keeps them as long as it
+        lives. False where there is nothing to share (yet). Not beside this set's `promote`. `NativeError` for another shape.
+        """
     @property
     def epoch(self) -> int: ...
     @property
@@ -99,7 +103,7 @@ class TableSet:
         """Row bytes held."""
     @property
     def huge_bytes(self) -> int:
-        """Row bytes that lie in anonymous (huge-page advised) memory."""
+        """Row bytes that lie in anonymous (huge-page advised) memory, its own or shared."""
 
 def pool(tables: TableSet, feature: int, values: NDArray[np.int64], lengths: NDArray[np.int32],
          weights: NDArray[np.float32] | None, out: NDArray[Any]) -> tuple[int, int, int, int]:

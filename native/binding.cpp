@@ -564,6 +564,10 @@ NB_MODULE(_native, m) {
           }, "huge_pages"_a, "nodes"_a)
       .def("reserve", [](PyTables& self) { self.set->reserve(); }, nb::call_guard<nb::gil_scoped_release>())
       .def("promote", [](PyTables& self) { return self.set->promote(); }, nb::call_guard<nb::gil_scoped_release>())
+      .def("share", [](PyTables& self, int32_t table, const PyTables& other, int32_t others_table) {
+            nb::gil_scoped_release release;
+            return self.set->share(table, *other.set, others_table);
+          }, "table"_a, "other"_a, "others_table"_a)
       .def("choose_lookahead", [](PyTables& self, int64_t bytes) {
             if (bytes < 0) throw nb::value_error("bytes: 0 or more");
             nb::gil_scoped_release release;

@@ -136,7 +136,7 @@ class Fetcher:
         self.progress.total_bytes += sum(part.row_count * part.row_bytes(s.row_format) for s, part in parts)
         try:
             self._begin(partial)
-            self._check_room(partial, [s for s in wanted if s.file not in linked], sum(s.bytes for s in wanted))
+            self._check_room(partial, [s for s in wanted if s.file not in linked])
             files = [self._link(partial, s, linked[s.file]) if s.file in linked else self._bring(partial, s) for s in wanted]
             for file in torch_files:
                 assert order.own is not None
@@ -162,8 +162,9 @@ class Fetcher:
         if self._stopping.is_set():
             raise MoveStopped
 
-    def _check_room(self, partial: Path, new: Sequence[ShardFile], held_bytes: int) -> None:
-        """Refuse what would fill the disk or the memory that the sidecar serves from; raises `PlanError`."""
+    def _check_room(self, partial: Path, new: Sequence[ShardFile]) -> None:
+        """Refuse what would fill the disk or the memory that the sidecar serves from; raises `PlanError`. Shards that stay as
+        they are take neither."""
         begun = {path.name for path in partial.iterdir()}  # their room is reserved
         needed = sum(shard.bytes for shard in new if shard.file + JOURNAL_SUFFIX not in begun)
         free = shutil.disk_usage(partial).free
@@ -171,10 +172,10 @@ class Fetcher:
             raise PlanError(
                 f"{partial.parent}: no room: found {free} bytes free; plan epoch {self._order.new.epoch} takes {needed}"
             )
-        available = available_memory_bytes()
-        if self._order.promote and held_bytes > available:
+        available, brought = available_memory_bytes(), sum(shard.bytes for shard in new)
+        if self._order.promote and brought > available:
             raise PlanError(
-                f"memory: no room: found {available} bytes available; plan epoch {self._order.new.epoch} takes {held_bytes} "
+                f"memory: no room: found {available} bytes available; plan epoch {self._order.new.epoch} takes {brought} "
                 "beside what is served (promote: false maps its rows instead)"
             )
 

@@ -20,6 +20,7 @@ from sidepool.sidecar.serving import Published
 from sidepool.sidecar.shards import LoadCancelled, load_tables
 from sidepool.wire.errors import ConfigError, PlanError, SidepoolError
 from sidepool.wire.plan import Plan
+from sidepool.wire.shard_reader import shard_number
 
 # A progress line for every tenth of the bytes: ten lines whatever the number of tables.
 PROGRESS_STEPS = 10
@@ -107,7 +108,8 @@ def load_source(
 ) -> Published:
     """Load one plan's shards; raises as `load`.
 
-    beside: what is served meanwhile; what was measured for it is not measured again, at the cost of its lookups.
+    beside: what is served meanwhile; what was measured for it is not measured again, at the cost of its lookups, and memory of
+    the same shards is shared.
     """
     began, logged = time.monotonic(), 0
 
@@ -122,11 +124,34 @@ def load_source(
             logs.info("verifying shards", done_bytes=done, total_bytes=total, bytes_per_s=speed, eta_s=eta_s)
 
     tables = load_tables(plan, config.name, shards, verify=verify, progress=progress, cancelled=cancelled)
+    published = Published(plan, tables, shards)
+    if beside is not None:
+        share_rows(published, beside)
     place_copies(tables, config)
     _choose_lookahead(tables, plan, config, beside)
     seconds = round(time.monotonic() - began, 3)
     logs.info("shards loaded", plan_epoch=plan.epoch, bytes=tables.bytes, verified=verify, seconds=seconds)
-    return Published(plan, tables, shards)
+    return published
+
+
+def share_rows(published: Published, beside: Published) -> None:
+    """Shards whose files are one file (a move gives those that stay a second name) lie in memory once, as far as `beside` has
+    promoted them."""
+    known = _by_file(beside)
+    for file, table in _by_file(published).items():
+        if file in known:
+            published.tables.share(table, beside.tables, known[file])
+
+
+def _by_file(published: Published) -> dict[tuple[int, int], int]:
+    """The native tables of all shards, by the device and inode of their files; those that are gone are left out."""
+    found = {}
+    for shard in (s for shards in published.files.values() for s in shards):
+        table, number = shard_number(published.plan, shard)
+        with contextlib.suppress(FileNotFoundError):
+            stat = (published.shards / shard.file).stat()
+            found[stat.st_dev, stat.st_ino] = published.plan.first_shard[table] + number
+    return found
 
 
 def place_copies(tables: _native.TableSet, config: SidecarConfig) -> None:
@@ -160,22 +185,31 @@ def _rows_ahead(tables: _native.TableSet, plan: Plan, name: str) -> dict[int, in
     return {table.row_format.row_bytes(s.column_count): tables.rows_ahead(at) for table, s, at in held if tables.rows_ahead(at) > 0}
 
 
-def promote(tables: _native.TableSet, *, idly: bool = False) -> threading.Thread:
-    """Copy `tables` into huge pages on a background thread; lookups use each copy as soon as it is complete.
+def promote(plans: Sequence[Published], *, beside: Published | None = None, idly: bool = False) -> threading.Thread:
+    """Copy the tables of `plans`, the oldest first, into huge pages on a background thread; lookups use each copy as soon as it
+    is complete. Rows that an older plan, or `beside`, has there already are shared.
 
     idly: only while the processor has nothing else to do, for copies that lookups do not wait for.
     """
     # A daemon: the process may end in the middle of a copy, which nobody needs any more.
-    thread = threading.Thread(target=_promote, args=(tables, idly), name="promote", daemon=True)
+    thread = threading.Thread(target=_promote_all, args=(plans, beside, idly), name="promote", daemon=True)
     thread.start()
     return thread
 
 
-def _promote(tables: _native.TableSet, idly: bool) -> None:
-    began = time.monotonic()
+def _promote_all(plans: Sequence[Published], beside: Published | None, idly: bool) -> None:
     if idly:
         with contextlib.suppress(OSError):  # a container may not be allowed to; then it is a copy like any other
             os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))  # of this thread alone
+    for published in plans:
+        if beside is not None:
+            share_rows(published, beside)
+        _promote(published.tables)
+        beside = published
+
+
+def _promote(tables: _native.TableSet) -> None:
+    began = time.monotonic()
     try:
         copied = tables.promote()
     except (MemoryError, _native.NativeError) as e:

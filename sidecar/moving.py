@@ -148,9 +148,10 @@ class Mover:
             directory = move.fetcher.run(record)
             move.phase = "loading"
             # Every row was checked on its way and summed where it lies; reading all of them again would slow lookups.
-            published = load_source(config, move.plan, directory, verify=False, beside=self._serving.published)
+            beside = self._serving.published
+            published = load_source(config, move.plan, directory, verify=False, beside=beside)
             if config.promote:  # before the first lookup, which would otherwise pay for mapped pages
-                move.fetcher.wait_for(promote(published.tables, idly=True))
+                move.fetcher.wait_for(promote([published], beside=beside, idly=True))
         except MoveStopped:
             return
         except Exception as e:  # a thread has no caller: whoever asks for progress is told

@@ -158,9 +158,9 @@ class SidecarProcess:
             # One that was brought here, and the one it has not replaced yet.
             if (gone := self._serving.publish(published, keep_previous=first)) is not None:
                 self._mover.clean(gone)
-            if loaded.config.promote:
-                promote(published.tables)
             self._serve(published, stack)
+        if loaded.config.promote:
+            promote(loaded.published)
         if first:
             self._mover.resume()
         if first and not loaded.published:

@@ -56,19 +56,22 @@ OutOfRange parse_out_of_range(const std::string& name) {
 }
 
 struct TableSet::Region {
-  std::byte* address;
-  size_t length;
-  int32_t table;
-  bool file_backed;
+  Region(void* mapped, size_t bytes, int32_t index, bool file) : address(static_cast<std::byte*>(mapped)), length(bytes), table(index), file_backed(file) {}
+  Region(const Region&) = delete;
+  Region& operator=(const Region&) = delete;
+  ~Region() { munmap(address, length); }
+
+  std::byte* const address;
+  const size_t length;
+  const int32_t table;  // in the set that mapped it
+  const bool file_backed;
   std::byte* copy = nullptr;  // of a file: the memory that promote fills
 };
 
 TableSet::TableSet(int64_t epoch, int32_t tables, int32_t features)
     : epoch_(epoch), table_count_(tables), tables_(new Table[size_t(tables)]), features_(size_t(features)) {}
 
-TableSet::~TableSet() {
-  for (const Region& region : regions_) munmap(region.address, region.length);
-}
+TableSet::~TableSet() = default;
 
 Table& TableSet::describe(int32_t index, int64_t rows, int32_t dim, RowFormat format, OutOfRange policy,
                           int64_t default_row) {
@@ -113,7 +116,7 @@ void TableSet::add_file(int32_t index, const std::string& path, int64_t offset, 
   void* mapped = mmap(nullptr, lead + bytes, PROT_READ, MAP_SHARED, fd.get(), off_t(size_t(offset) - lead));
   if (mapped == MAP_FAILED) fail_os("cannot map " + path);
   auto* address = static_cast<std::byte*>(mapped);
-  regions_.push_back({address, lead + bytes, index, true});
+  regions_.push_back(std::make_shared<Region>(address, lead + bytes, index, true));
   table.base.store(address + lead, std::memory_order_release);
 }
 
@@ -130,7 +133,7 @@ void TableSet::add_copy(int32_t index, const void* data, int64_t rows, int32_t d
 std::byte* TableSet::add_memory(int32_t index, size_t bytes) {
   regions_.reserve(regions_.size() + 1);
   std::byte* memory = map_rows(bytes, memory_, placement_error_);
-  regions_.push_back({memory, bytes, index, false});
+  regions_.push_back(std::make_shared<Region>(memory, bytes, index, false));
   return memory;
 }
 
@@ -200,33 +203,34 @@ void TableSet::set_memory(const MemoryPolicy& policy) {
 }
 
 void TableSet::reserve() {
+  const std::lock_guard<std::mutex> lock(growing_);
   const size_t mapped = regions_.size();
   const auto bytes_of = [this](const Region& file) {
     const Table& table = tables_[size_t(file.table)];
     return size_t(table.rows) * row_bytes(table.format, table.dim);
   };
   size_t pages = 0;
-  for (const Region& region : regions_) {
-    if (region.file_backed && region.copy == nullptr) pages += hugetlb_pages(bytes_of(region));
+  for (const auto& region : regions_) {
+    if (region->file_backed && region->copy == nullptr) pages += hugetlb_pages(bytes_of(*region));
   }
   if (memory_.huge_pages == HugePages::hugetlb && pages > 0 && int64_t(pages) > free_hugetlb_pages()) {
     throw Error(Status::internal, hugetlb_shortage(pages));
   }
   for (size_t i = 0; i < mapped; ++i) {
-    if (!regions_[i].file_backed || regions_[i].copy != nullptr) continue;
-    std::byte* copy = add_memory(regions_[i].table, bytes_of(regions_[i]));
-    regions_[i].copy = copy;
+    Region& file = *regions_[i];
+    if (file.file_backed && file.copy == nullptr) file.copy = add_memory(file.table, bytes_of(file));
   }
 }
 
 int64_t TableSet::promote() {
   reserve();
   int64_t copied = 0;
-  for (const Region& file : regions_) {
+  for (const auto& region : regions_) {
+    const Region& file = *region;
     if (!file.file_backed) continue;
     Table& table = tables_[size_t(file.table)];
     const std::byte* base = table.base.load(std::memory_order_relaxed);
-    if (base < file.address || base >= file.address + file.length) continue;  // promoted by an earlier call
+    if (base < file.address || base >= file.address + file.length) continue;  // promoted by an earlier call, or shared
     const size_t bytes = size_t(table.rows) * row_bytes(table.format, table.dim);
     std::byte* copy = file.copy;
     const size_t lead = size_t(base - file.address);
@@ -242,6 +246,41 @@ int64_t TableSet::promote() {
     copied += int64_t(bytes);
   }
   return copied;
+}
+
+std::shared_ptr<TableSet::Region> TableSet::memory_of(int32_t index) const {
+  const std::byte* base = tables_[size_t(index)].base.load(std::memory_order_acquire);
+  const std::lock_guard<std::mutex> lock(growing_);
+  for (const auto& region : regions_) {
+    if (!region->file_backed && region->address == base) return region;
+  }
+  return nullptr;
+}
+
+bool TableSet::share(int32_t index, const TableSet& other, int32_t others_index) {
+  if (index < 0 || index >= table_count_ || others_index < 0 || others_index >= other.table_count_) {
+    throw Error(Status::plan, "share: found tables " + std::to_string(index) + " and " + std::to_string(others_index) +
+                                  "; allowed: those of the two sets");
+  }
+  Table& table = tables_[size_t(index)];
+  const Table& others = other.tables_[size_t(others_index)];
+  if (table.rows != others.rows || table.dim != others.dim || table.format != others.format || table.rows == 0) {
+    throw Error(Status::plan, "share: table " + std::to_string(index) + ": found another shape, or no rows; allowed: the same rows");
+  }
+  const auto file = std::find_if(regions_.begin(), regions_.end(), [index](const auto& r) { return r->file_backed && r->table == index; });
+  if (file == regions_.end() || (*file)->copy != nullptr) return false;
+  const std::shared_ptr<Region> memory = other.memory_of(others_index);
+  if (memory == nullptr) return false;
+  const Region& mapped = **file;
+  (*file)->copy = memory->address;
+  {
+    const std::lock_guard<std::mutex> lock(growing_);
+    regions_.push_back(memory);
+  }
+  huge_bytes_.fetch_add(table.rows * int64_t(row_bytes(table.format, table.dim)), std::memory_order_relaxed);
+  table.base.store(memory->address, std::memory_order_release);
+  madvise(mapped.address, mapped.length, MADV_DONTNEED);
+  return true;
 }
 
 void TableSet::choose_lookahead(int64_t bytes) {

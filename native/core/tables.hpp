@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -106,6 +107,10 @@ class TableSet {
   // Copies every mapped table into memory of its own while lookups go on; returns bytes copied. Reserves first where that
   // was not done. One thread at a time, not while the set is being destroyed.
   int64_t promote();
+  // Has a mapped table read its rows where another set's promote put those of the same file: each set keeps them as long as it
+  // lives. False where there is nothing to share: that table is not promoted, or this one has memory of its own. Error(plan)
+  // for a table that is not held, or of another shape. Lookups may go on in both, the other may be promoted meanwhile.
+  bool share(int32_t table, const TableSet& other, int32_t others_table);
   // Why rows do not lie on the nodes that set_memory named: the kernel's errno, 0 where they do. After reserve.
   int placement_error() const { return placement_error_; }
 
@@ -130,6 +135,7 @@ class TableSet {
 
  private:
   struct Region;  // one mapping: address, length, whether it is file-backed
+  std::shared_ptr<Region> memory_of(int32_t table) const;
   Table& describe(int32_t index, int64_t rows, int32_t dim, RowFormat format, OutOfRange policy, int64_t default_row);
   std::byte* add_memory(int32_t index, size_t bytes);
 
@@ -138,7 +144,8 @@ class TableSet {
   std::unique_ptr<Table[]> tables_;
   std::vector<Feature> features_;
   std::vector<std::unique_ptr<Program>> programs_;
-  std::vector<Region> regions_;
+  std::vector<std::shared_ptr<Region>> regions_;
+  mutable std::mutex growing_;  // while regions_ grows, or a set that shares looks into it
   MemoryPolicy memory_;
   int placement_error_ = 0;
   std::atomic<int64_t> huge_bytes_{0};

@@ -125,6 +125,32 @@ bool refuses(Status status, const std::function<void()>& call) {
   return false;
 }
 
+void rows_shared_with_another_set_outlive_it() {
+  const Rows rows(20000, 48, RowFormat::fp32);
+  const RowFile file(rows, 72);
+  const auto open = [&](int32_t tables) {
+    auto set = std::make_unique<TableSet>(7, tables, 1);
+    for (int32_t t = 0; t < tables; ++t) set->add_file(t, file.path, 72, rows.rows / (t + 1), 48, RowFormat::fp32, OutOfRange::error, 0);
+    set->add_feature(0, 0, Pooling::sum, false);
+    set->seal();
+    return set;
+  };
+  auto old = open(1);
+  const auto next = open(2);
+  std::thread promoting([&] { old->promote(); });
+  while (!next->share(0, *old, 0)) std::this_thread::yield();
+  promoting.join();
+  expect(next->table(0).base.load() == old->table(0).base.load(), "one copy of the rows");
+  expect(next->huge_bytes() == old->bytes(), "shared bytes count");
+  expect(!next->share(0, *old, 0), "what is shared is not shared again");
+  old.reset();
+  expect(std::memcmp(next->table(0).base.load(), rows.data(), size_t(next->table(0).rows) * 48 * 4) == 0, "rows outlive their first set");
+  expect(next->promote() == int64_t(rows.rows / 2) * 48 * 4, "the rest is promoted");
+  const auto third = open(2);
+  expect(refuses(Status::plan, [&] { third->share(1, *next, 0); }), "rows of another shape");
+  expect(refuses(Status::plan, [&] { third->share(2, *next, 0); }), "a table that is not there");
+}
+
 void rows_past_2_31_of_tables_past_2_32_elements_are_found() {
   constexpr int64_t count = (int64_t(1) << 31) + 5;
   for (const int32_t dim : {3, 16}) {  // in memory and in registers, at every level
@@ -255,6 +281,7 @@ int main() {
       {"crc32c_equals_its_definition", crc32c_equals_its_definition},
       {"the_hash_of_an_id_never_changes", the_hash_of_an_id_never_changes},
       {"set_up_refuses_what_cannot_work", set_up_refuses_what_cannot_work},
+      {"rows_shared_with_another_set_outlive_it", rows_shared_with_another_set_outlive_it},
   };
   for_every_level(tests, {
       {"rows_past_2_31_of_tables_past_2_32_elements_are_found", rows_past_2_31_of_tables_past_2_32_elements_are_found},

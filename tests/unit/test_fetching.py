@@ -20,7 +20,7 @@ from sidepool.partition.shard_writer import write_shard
 from sidepool.sidecar import fetching, staging, stored
 from sidepool.sidecar.epochs import MoveRecord, load_record, save_record
 from sidepool.sidecar.fetching import Fetcher, MoveStopped, Order
-from sidepool.sidecar.loader import load_tables
+from sidepool.sidecar.loader import load_tables, share_rows
 from sidepool.sidecar.pacing import Pacer
 from sidepool.sidecar.serving import Published
 from sidepool.wire.errors import PlanError
@@ -126,14 +126,23 @@ def test_blocks_that_arrived_are_kept_and_those_that_changed_are_not(tmp_path: P
     assert again.progress.done_bytes == again.progress.total_bytes
 
 
-def test_shards_that_stay_are_not_copied(tmp_path: Path) -> None:
-    published = serve(tmp_path, plan_of(1, {10}, set()))
-    work, record = fetcher(published, plan_of(2, {10, 20}, set()))
+def test_shards_that_stay_are_copied_neither_on_the_disk_nor_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    published, new = serve(tmp_path, plan_of(1, {10}, set())), plan_of(2, {10, 20}, set())
+    stay_bytes = sum(t.row_format.row_bytes(DIM) * 10 for t in TABLES)
+    monkeypatch.setattr(fetching, "available_memory_bytes", lambda: sum(t.bytes for t in TABLES) - stay_bytes)
+    work, record = fetcher(published, new)
     shards = work.run(record)
     same = {f.file for f in load_manifest(shards).shards if f.row_range == (0, 10)}
     assert len(same) == len(TABLES)
     assert all((shards / file).stat().st_nlink == 2 for file in same)
     assert all((shards / f.file).stat().st_nlink == 1 for f in load_manifest(shards).shards if f.file not in same)
+    after = Published(new, load_tables(new, "only", shards), shards)
+    share_rows(after, published)
+    assert after.tables.huge_bytes == 0  # the old plan's rows are still mapped
+    published.tables.promote()
+    share_rows(after, published)
+    assert after.tables.huge_bytes == stay_bytes
+    assert after.tables.promote() == after.tables.bytes - stay_bytes
 
 
 def test_a_file_that_is_served_is_never_written_to_through_its_second_name(tmp_path: Path) -> None:
