@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import subprocess
-import sys
+import io
 import threading
 import time
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ import yaml
 from lookup_world import SIDECARS, World, expected, random_bags, write_world
 from sidecar_process import PATIENCE_S, RunningSidecar
 
+from sidepool import __main__ as entry
 from sidepool.bench.triton_server import free_ports
 from sidepool.client import EmbeddingClient
 from sidepool.wire.plan import Plan, Shard, SidecarAddress, Table, save_plan
@@ -25,6 +25,15 @@ from sidepool.wire.plan import Plan, Shard, SidecarAddress, Table, save_plan
 LARGE = Table(name="large", rows=32_000, dim=64)
 NAMES = (*SIDECARS, "third")
 SLOWLY = 4_000_000.0
+
+
+@dataclass(frozen=True)
+class Ran:
+    """How a command ended, and what it said."""
+
+    returncode: int
+    stdout: str
+    stderr: str
 
 
 @dataclass
@@ -75,11 +84,14 @@ class Deployment:
 
     def command(self, *words: str | Path) -> list[str]:
         """`sidepool plan` on this deployment."""
-        return [sys.executable, "-m", "sidepool", "plan", *map(str, words), "--deployment", str(self.plan)]
+        return ["plan", *map(str, words), "--deployment", str(self.plan)]
 
-    def apply(self, *words: str | Path) -> subprocess.CompletedProcess[str]:
-        """`sidepool plan` as a process of its own, waited for."""
-        return subprocess.run(self.command(*words), capture_output=True, text=True, timeout=PATIENCE_S)
+    def apply(self, *words: str | Path) -> Ran:
+        """`sidepool plan` in this process, which has imported what it takes."""
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            status = entry.main(self.command(*words))
+        return Ran(status, out.getvalue(), err.getvalue())
 
     def brought(self, name: str) -> list[str]:
         """The directories that moves have made at a sidecar, and not removed."""

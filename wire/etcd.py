@@ -17,8 +17,8 @@ from sidepool.wire.errors import ConfigError, SidepoolError, TransportError
 
 # A healthy cluster answers within milliseconds and elects a leader within a second or two.
 CALL_TIMEOUT_S = 2.0
-# A watch whose server has gone without a word is noticed after both. etcd takes pings every 5 s at most.
-KEEPALIVE_MS, KEEPALIVE_TIMEOUT_MS = 10_000, 3_000
+# A watch whose server has gone without a word is noticed after both. etcd refuses pings that come faster than every 5 s.
+KEEPALIVE_MS, KEEPALIVE_TIMEOUT_MS = 6_000, 3_000
 # Reconnecting to an endpoint that was lost: gRPC's own two minutes would keep a client out long after etcd's return.
 FIRST_RECONNECT_MS, LAST_RECONNECT_MS = 100, 2_000
 # What one attempt to connect may take, TLS included; below a call's time, so that the next endpoint gets its turn.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -58,7 +59,8 @@ def progress(deployment: Deployment, name: str) -> MoveReply:
 @contextmanager
 def applying(deployment: Deployment, plan: Path, *, until_bytes: int) -> Iterator[subprocess.Popen[str]]:
     """`plan apply` in the middle: the third sidecar has got some of its bytes."""
-    process = subprocess.Popen(deployment.command("apply", plan, *RATE), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "sidepool", *deployment.command("apply", plan, *RATE)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         until = time.monotonic() + PATIENCE_S
         while progress(deployment, "third").done_bytes < until_bytes:
@@ -179,14 +181,15 @@ def test_wrong_bytes_are_noticed_and_fetched_again_or_the_change_is_undone(deplo
         assert_served(deployment, 3)
 
 
-def test_a_rollback_comes_too_late_once_the_old_plan_is_gone(deployment: Deployment) -> None:
-    assert deployment.apply("apply", deployment.spread(4, SIDECARS)).returncode == 0
-    for name in SIDECARS:
-        assert deployment.running[name].wait_for("retired")["plan_epoch"] == 3
-    ran = deployment.apply("rollback")
-    assert ran.returncode == 2
-    assert "found nothing but epoch 4" in ran.stderr
-    assert_served(deployment, 4)
+def test_a_rollback_comes_too_late_once_the_old_plan_is_gone(tmp_path: Path) -> None:
+    with deployed(tmp_path, previous_epoch_s=0.1) as deployment:
+        assert deployment.apply("apply", deployment.spread(4, SIDECARS)).returncode == 0
+        for name in SIDECARS:
+            assert deployment.running[name].wait_for("retired")["plan_epoch"] == 3
+        ran = deployment.apply("rollback")
+        assert ran.returncode == 2
+        assert "found nothing but epoch 4" in ran.stderr
+        assert_served(deployment, 4)
 
 
 def test_what_cannot_be_applied_is_refused_by_name_and_changes_nothing(deployment: Deployment) -> None:
