@@ -563,7 +563,8 @@ NB_MODULE(_native, m) {
             self.set->set_memory({parse_huge_pages(huge_pages), nodes});
           }, "huge_pages"_a, "nodes"_a)
       .def("reserve", [](PyTables& self) { self.set->reserve(); }, nb::call_guard<nb::gil_scoped_release>())
-      .def("promote", [](PyTables& self) { return self.set->promote(); }, nb::call_guard<nb::gil_scoped_release>())
+      .def("promote", [](PyTables& self, bool gently) { return self.set->promote(gently); }, "gently"_a = false,
+           nb::call_guard<nb::gil_scoped_release>())
       .def("share", [](PyTables& self, int32_t table, const PyTables& other, int32_t others_table) {
             nb::gil_scoped_release release;
             return self.set->share(table, *other.set, others_table);

@@ -189,7 +189,7 @@ def promote(plans: Sequence[Published], *, beside: Published | None = None, idly
     """Copy the tables of `plans`, the oldest first, into huge pages on a background thread; lookups use each copy as soon as it
     is complete. Rows that an older plan, or `beside`, has there already are shared.
 
-    idly: only while the processor has nothing else to do, for copies that lookups do not wait for.
+    idly: gently, and only while the processor has nothing else to do, for copies that lookups do not wait for.
     """
     # A daemon: the process may end in the middle of a copy, which nobody needs any more.
     thread = threading.Thread(target=_promote_all, args=(plans, beside, idly), name="promote", daemon=True)
@@ -204,14 +204,14 @@ def _promote_all(plans: Sequence[Published], beside: Published | None, idly: boo
     for published in plans:
         if beside is not None:
             share_rows(published, beside)
-        _promote(published.tables)
+        _promote(published.tables, idly)
         beside = published
 
 
-def _promote(tables: _native.TableSet) -> None:
+def _promote(tables: _native.TableSet, gently: bool) -> None:
     began = time.monotonic()
     try:
-        copied = tables.promote()
+        copied = tables.promote(gently)
     except (MemoryError, _native.NativeError) as e:
         logs.log(logging.WARNING, "tables stay mapped: no memory for huge pages", reason=str(e))
         return

@@ -105,8 +105,8 @@ class TableSet {
   // how many there are, where they are too few.
   void reserve();
   // Copies every mapped table into memory of its own while lookups go on; returns bytes copied. Reserves first where that
-  // was not done. One thread at a time, not while the set is being destroyed.
-  int64_t promote();
+  // was not done. One thread at a time, not while the set is being destroyed. gently: with pauses, for lookups on other sets.
+  int64_t promote(bool gently = false);
   // Has a mapped table read its rows where another set's promote put those of the same file: each set keeps them as long as it
   // lives. False where there is nothing to share: that table is not promoted, or this one has memory of its own. Error(plan)
   // for a table that is not held, or of another shape. Lookups may go on in both, the other may be promoted meanwhile.
