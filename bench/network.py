@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -102,7 +103,8 @@ def over_cables(shape: Shape, work_dir: Path) -> dict[str, Any]:
     Bytes per lookup that the ranker's network card counts, each way; latency and rate of one caller. Raises `CannotShape`.
     """
     with star(1 + SIDECARS, CABLE) as (ranker, *machines), _served(shape, work_dir, machines) as plan:
-        with get_context("spawn").Pool(1) as caller:  # which is ended, not waited for, where this is interrupted
+        # A pool's process is ended, not waited for, where this one is interrupted; Ctrl-C is this one's affair.
+        with get_context("spawn").Pool(1, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as caller:
             found = caller.apply(_call_in_turn, (ranker, plan, *shape.lookups()))
         drops = ranker.dropped_packets()
     ratio = found["ranker"]["received_bytes"] / found["sidecar"]["received_bytes"]
