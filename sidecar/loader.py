@@ -18,7 +18,7 @@ from sidepool.sidecar.epochs import Source, sources
 from sidepool.sidecar.numa import place, usable_nodes
 from sidepool.sidecar.serving import Published
 from sidepool.sidecar.shards import LoadCancelled, load_tables
-from sidepool.wire.errors import ConfigError, PlanError, SidepoolError
+from sidepool.wire.errors import ConfigError, PlanError, ShardCorrupt, SidepoolError
 from sidepool.wire.plan import Plan
 from sidepool.wire.shard_reader import shard_number
 
@@ -137,7 +137,10 @@ def load_source(
 def share_rows(published: Published, beside: Published) -> None:
     """Shards whose files are one file (a move gives those that stay a second name) lie in memory once, as far as `beside` has
     promoted them."""
-    known = _by_file(beside)
+    try:
+        known = _by_file(beside)
+    except ShardCorrupt:  # its directory is gone, which is no matter to lookups
+        return
     for file, table in _by_file(published).items():
         if file in known:
             published.tables.share(table, beside.tables, known[file])
