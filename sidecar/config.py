@@ -90,7 +90,7 @@ MoveRate = Annotated[
     Literal["auto"] | Annotated[float, Field(ge=1_000_000, le=100_000_000_000)],
     _one_complaint("'auto' or 1000000 to 100000000000 bytes per second"),
 ]
-# Measured at 2.2 ms of one core per MB and direction; 1 % of a machine is noise to its lookups.
+# Measured at 2.2 ms of one core per MB and direction: 1 % of a machine, which its median lookup does not notice.
 MOVE_BYTES_PER_S_AND_CORE = 4_000_000.0
 
 
@@ -245,7 +245,7 @@ class SidecarConfig(_Documented):
     are held meanwhile. A minute lets a rollout of rankers finish."""
     move_bytes_per_s: MoveRate = "auto"
     """Bytes per second that shards move at, in and out, where `sidepool plan apply` names no rate. auto: 4 MB/s for each usable
-    core, which takes about 1 % of the processor for each direction, so that lookups hardly notice; 460 GB an hour on 32 cores."""
+    core, which takes about 1 % of the processor for each direction, so that the median lookup does not notice; 460 GB an hour on 32 cores."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least severe level that is logged. SIGHUP applies a change."""
 
