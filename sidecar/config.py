@@ -245,7 +245,8 @@ class SidecarConfig(_Documented):
     are held meanwhile. A minute lets a rollout of rankers finish."""
     move_bytes_per_s: MoveRate = "auto"
     """Bytes per second that shards move at, in and out, where `sidepool plan apply` names no rate. auto: 4 MB/s for each usable
-    core, which takes about 1 % of the processor for each direction, so that the median lookup does not notice; 460 GB an hour on 32 cores."""
+    core, which takes about 1 % of the processor for each direction, so that the median lookup does not notice; 460 GB an
+    hour on 32 cores."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least severe level that is logged. SIGHUP applies a change."""
 
