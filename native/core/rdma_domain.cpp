@@ -18,8 +18,9 @@ constexpr int kCompletions = 65536;
 constexpr int kBatch = 16, kBatches = 4;
 // Acknowledging events takes the library's lock, so it is done for many at once.
 constexpr uint32_t kAcknowledgeEvents = 1024;
-// Enough that one flush in which the thread lost its processor hardly counts.
-constexpr double kFlushesAveraged = 64;
+// What posting takes is followed in steps of this part of it, up or down, which leads to the median: a flush in which the
+// thread lost its processor counts no more than another.
+constexpr uint64_t kPostSteps = 64;
 // What a retired queue gets to deliver its last message. Its lane lives on; only memory waits.
 constexpr uint64_t kRetireNs = 10'000'000'000;
 // What all of them together get when the engine ends: peers that are there acknowledge within a round trip, and those that
@@ -161,7 +162,12 @@ void VerbsDomain::flush() {
   for (size_t i = 0; i < dirty_.size(); ++i) writes += dirty_[i]->flush();
   for (RdmaQueue* queue : dirty_) queue->end_round();
   dirty_.clear();
-  if (writes > 0) post_ns_ += (double(now_ns() - begin) / double(writes) - post_ns_) / kFlushesAveraged;
+  if (writes > 0) learn_post((now_ns() - begin) / writes);
+}
+
+void VerbsDomain::learn_post(uint64_t ns) {
+  const uint64_t step = post_ns_ / kPostSteps + 1;
+  post_ns_ = ns > post_ns_ ? post_ns_ + step : post_ns_ - std::min(step, post_ns_);
 }
 
 bool VerbsDomain::arm() {
