@@ -20,7 +20,7 @@ constexpr uint32_t kWantedInline = 512;
 constexpr uint8_t kRetries = 6;
 
 // How long a peer that finds no receive here waits before it tries again: code 14 is 1.28 ms. A slow engine is no reason, since
-// receives outnumber what a peer may send, so a peer without any is not waited for without end: these tries, 9 ms together,
+// receives outnumber what a peer may send, so a peer without any is not waited for without end: these tries, 8 ms together,
 // are for adapters that see a receive late.
 constexpr uint8_t kReceiverNotReady = 14;
 
