@@ -7,6 +7,14 @@
 #include <climits>
 
 namespace sidepool {
+namespace {
+
+// Answers that come later than a caller may spin are not worth spinning for: after so many waits in vain on a slot, only one
+// in kSpinAgain is spun through, to see whether that has changed. Spinning costs whoever else needs the processor, such as the
+// engines that many callers at a time wait for.
+constexpr uint32_t kSpinsInVain = 8, kSpinAgain = 32;
+
+}  // namespace
 
 ClientLane::ClientLane(const LaneLimits& limits)
     : limits_(limits),
@@ -79,12 +87,20 @@ Status ClientLane::post(uint32_t slot, size_t bytes, uint64_t lookup_id, const s
 uint32_t ClientLane::wait(uint32_t slot, uint32_t seen, uint64_t deadline_ns, uint64_t spin_ns, Status& status) {
   SlotControl& c = control(slot);
   const uint64_t start = now_ns();
-  const uint64_t spin_until = arrives_by_itself() ? start + spin_ns : start;
+  uint32_t& vain = slots_[slot].vain;
+  const bool spins = arrives_by_itself() && (vain < kSpinsInVain || vain % kSpinAgain == 0);
+  const uint64_t spin_until = spins ? start + spin_ns : start;
+  bool slept = false;
   status = Status::ok;
   for (uint64_t now = start;; now = now_ns()) {
     const uint32_t word = c.word.load(std::memory_order_acquire);
     if ((word & kSlotDone) || (word & kSlotProgress) > seen) {
       if (word & kSlotDone) counters_.received.fetch_add(1, std::memory_order_relaxed);
+      if (slept) {
+        ++vain;
+      } else if (now != start) {
+        vain = 0;
+      }
       return word & (kSlotDone | kSlotProgress);
     }
     // A response that made it here counts even if the peer is gone by now: the word was looked at first.
@@ -101,6 +117,7 @@ uint32_t ClientLane::wait(uint32_t slot, uint32_t seen, uint64_t deadline_ns, ui
       continue;
     }
     receive_or_sleep(slot, word, deadline_ns, spin_ns);
+    slept = true;
   }
 }
 

@@ -66,6 +66,7 @@ class ClientLane {
   struct SlotState {
     std::atomic<uint64_t> lookup_id{0};
     std::vector<size_t> offsets;  // capacity grows to the widest lookup, then stays
+    uint32_t vain = 0;            // waits in a row that spinning did not cover; of whoever owns the slot
   };
 
   // The slot's response has been used and is about to be free; called by the thread that frees it.

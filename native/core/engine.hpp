@@ -129,6 +129,7 @@ class Engine {
   void take_mail();
   void collect(Owned& owned, bool readable);
   void enqueue(const Work& work);
+  void serve_some(uint64_t begin_ns, uint64_t post_ns);
   void serve_one();
   void answer(const Work& work);
   // What answers a lookup of this epoch, and where it is counted: only what is published now is, since counters go by its indices.

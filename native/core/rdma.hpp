@@ -50,6 +50,8 @@ class RdmaDomain {
   virtual bool poll(uint64_t now_ns) = 0;
   // One doorbell for every queue pair with something to send.
   virtual void flush() = 0;
+  // What posting takes here, per write as a rule: next to nothing with a card; SoftRoCE sends the packets meanwhile.
+  virtual uint64_t post_ns() const = 0;
   // Before sleeping: ask for an event. False: something has come meanwhile.
   virtual bool arm() = 0;
   // How long the engine may sleep at most; -1: for ever.

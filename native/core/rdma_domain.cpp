@@ -18,6 +18,9 @@ constexpr int kCompletions = 65536;
 constexpr int kBatch = 16, kBatches = 4;
 // Acknowledging events takes the library's lock, so it is done for many at once.
 constexpr uint32_t kAcknowledgeEvents = 1024;
+// What posting takes is followed in steps of this part of it, up or down, which leads to the median: a flush in which the
+// thread lost its processor counts no more than another.
+constexpr uint64_t kPostSteps = 64;
 // What a retired queue gets to deliver its last message. Its lane lives on; only memory waits.
 constexpr uint64_t kRetireNs = 10'000'000'000;
 // What all of them together get when the engine ends: peers that are there acknowledge within a round trip, and those that
@@ -153,10 +156,18 @@ void VerbsDomain::tick(uint64_t now) {
 void VerbsDomain::flush() {
   if (dirty_.empty()) return;
   counters_.rounds.add();
+  const uint64_t begin = now_ns();
+  uint64_t writes = 0;
   // A failing flush may end lanes, which strikes queues from the list only when they are destroyed, later.
-  for (size_t i = 0; i < dirty_.size(); ++i) dirty_[i]->flush();
+  for (size_t i = 0; i < dirty_.size(); ++i) writes += dirty_[i]->flush();
   for (RdmaQueue* queue : dirty_) queue->end_round();
   dirty_.clear();
+  if (writes > 0) learn_post((now_ns() - begin) / writes);
+}
+
+void VerbsDomain::learn_post(uint64_t ns) {
+  const uint64_t step = post_ns_ / kPostSteps + 1;
+  post_ns_ = ns > post_ns_ ? post_ns_ + step : post_ns_ - std::min(step, post_ns_);
 }
 
 bool VerbsDomain::arm() {

@@ -33,6 +33,7 @@ class VerbsDomain final : public RdmaDomain, FailureListener {
   bool thread_domain() const override { return td_ != nullptr; }
   bool poll(uint64_t now_ns) override;
   void flush() override;
+  uint64_t post_ns() const override { return post_ns_; }
   bool arm() override;
   int patience_ms() const override;
   int fd() const override { return channel_->fd; }
@@ -73,6 +74,7 @@ class VerbsDomain final : public RdmaDomain, FailureListener {
   RdmaQueue* find(uint64_t wr_id) const;
   void take(const ibv_wc& completion);
   void tick(uint64_t now_ns);
+  void learn_post(uint64_t ns);
   void take_mail();
   void bury(uint64_t now_ns);
 
@@ -96,7 +98,7 @@ class VerbsDomain final : public RdmaDomain, FailureListener {
   std::vector<RdmaQueue*> dirty_;
   std::vector<QueueOwner*> owners_, waiting_, resumed_;
   std::vector<Retired> retired_;
-  uint64_t next_tick_ns_ = 0, now_ = 0;
+  uint64_t next_tick_ns_ = 0, now_ = 0, post_ns_ = 0;
   uint32_t unacknowledged_ = 0;
 };
 
@@ -133,7 +135,8 @@ class RdmaQueue {
   bool room(uint32_t kept = 8) const { return !failed_ && posted_ + chained_ - completed_ + kept < depths_.sends; }
   // Into the chain that the next flush posts. Only with room. Small writes are copied at flush, from where they are then.
   void write(const Write& write);
-  void flush(bool during_pooling = false);
+  // How many writes it has posted.
+  uint32_t flush(bool during_pooling = false);
 
   bool failed() const { return failed_; }
   // Everything that was sent is acknowledged; true only if the last write was signalled.

@@ -117,6 +117,13 @@ class Bags:
             columns.append(pooled)
         return np.concatenate(columns, axis=1)
 
+    def only(self, feature: int) -> Bags:
+        """The bags of one feature, those of the others empty: a lookup that asks only who holds it."""
+        begin = int(self.lengths[:feature].sum())
+        lengths = np.zeros_like(self.lengths)
+        lengths[feature] = self.lengths[feature]
+        return Bags(self.values[begin : begin + int(lengths.sum())], lengths)
+
 
 def bags(batch: int, seed: int, longest: int = 4) -> Bags:
     random = np.random.default_rng(seed)

@@ -82,6 +82,32 @@ def test_a_ranker_that_was_killed_is_noticed_and_its_memory_freed() -> None:
         assert both.both("failures") == 1
 
 
+def lanes_while_removed(device: str, command: list[str], *, ends_lanes: bool) -> subprocess.Popen[bytes]:
+    """What becomes of a lane on `device` while `command` removes that; the removal, which has only our ends to wait for."""
+    with joined(device=device, ranker={"device": device, **OPTIONS}, **OPTIONS) as both:
+        assert_answers(both.client, 3, 1)
+        removal = subprocess.Popen(command)
+        if ends_lanes:
+            wait_until(lambda: look_up(both.client, bags(3, 2))[0] == Status.TRANSPORT)
+            assert both.client.stats()["lanes"][0]["lost"] == "the queue pair refuses the operation"
+            wait_until(lambda: lanes(both.server) == 0)
+        else:
+            time.sleep(1)
+            assert_answers(both.client, 3, 2)
+        assert removal.poll() is None
+        return removal
+
+
+# SoftRoCE tells no process that a device is to go: it waits until none has it open. Without its interface it cannot send.
+@pytest.mark.parametrize("removed", ["interface", "device"])
+def test_a_device_that_is_removed_takes_its_own_lanes_with_it_and_is_not_held(removed: str) -> None:
+    with cable.removable_device() as (device, interface), joined() as elsewhere:
+        command = ["ip", "link", "delete", interface] if removed == "interface" else ["rdma", "link", "delete", device]
+        removal = lanes_while_removed(device, command, ends_lanes=removed == "interface")
+        assert removal.wait(30) == 0
+        assert_answers(elsewhere.client, 3, 3)
+
+
 def resources() -> tuple[dict[str, int], str]:
     """What the sidecar's device holds, and the memory that this process has pinned."""
     told = json.loads(subprocess.run(["rdma", "-j", "resource", "show"], check=True, stdout=subprocess.PIPE, text=True).stdout)

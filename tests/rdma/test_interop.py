@@ -8,7 +8,20 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
-from lane_world import DIMS, REQUEST_BYTES, RESPONSE_BYTES, SLOTS, bags, joined, look_up, make_client, make_server, path, wait_until
+from lane_world import (
+    DIMS,
+    REQUEST_BYTES,
+    RESPONSE_BYTES,
+    SLOTS,
+    attach,
+    bags,
+    joined,
+    look_up,
+    make_client,
+    make_server,
+    path,
+    wait_until,
+)
 from verbs_peer import ibv
 from wire_peer import (
     ASK,
@@ -28,15 +41,17 @@ from wire_peer import (
 )
 
 from sidepool import _native
+from sidepool.wire.errors import Status
 
 RANKER_STRIDE = RESPONSE_BYTES + HEADER_BYTES
 
 
 @contextmanager
-def python_ranker(server: _native.SidecarServer, **changes: int) -> Iterator[WirePeer]:
+def python_ranker(server: _native.SidecarServer, *, receives: int | None = None, **changes: int) -> Iterator[WirePeer]:
     ranker = WirePeer.open("rxeA", slots=SLOTS, stride=RANKER_STRIDE)
     with ranker.data:
-        ranker.connect(End.unpack(server.connect_rdma(SLOTS, REQUEST_BYTES, RESPONSE_BYTES, ranker.end(**changes).pack())))
+        theirs = End.unpack(server.connect_rdma(SLOTS, REQUEST_BYTES, RESPONSE_BYTES, ranker.end(**changes).pack()))
+        ranker.connect(theirs, receives=receives)
         yield ranker
 
 
@@ -165,11 +180,11 @@ def test_one_lane_cannot_write_with_another_lanes_key() -> None:
 class PythonSidecar:
     """Answers the native ranker's requests, on a thread."""
 
-    def __init__(self, client: _native.LookupClient, **changes: int) -> None:
+    def __init__(self, client: _native.LookupClient, *, receives: int | None = None) -> None:
         self.peer = WirePeer.open("rxeB", slots=SLOTS, stride=REQUEST_BYTES)
         offer = client.offer_rdma(path("rxeA"), 1, SLOTS, REQUEST_BYTES, RESPONSE_BYTES)
-        self.peer.connect(End.unpack(offer.end))
-        client.attach_rdma(0, offer, self.peer.end(**changes).pack())
+        self.peer.connect(End.unpack(offer.end), receives=receives)
+        client.attach_rdma(0, offer, self.peer.end().pack())
         self.consumed = 0
 
     def take(self) -> tuple[int, int, list[bytes], int]:
@@ -251,6 +266,28 @@ def test_a_sidecar_that_sends_more_than_it_was_granted_loses_the_lane() -> None:
                 sidecar.peer.send(bytes(RESPONSE_BYTES), immediate(PIECE, slot, 0), to=slot * RANKER_STRIDE)
         assert found == [(4, False)]
         assert client.stats()["lanes"][0]["lost"] == "the sidecar sent more than it was granted"
+        client.close()
+
+
+def test_a_peer_without_receives_loses_its_lane_and_nobody_else() -> None:
+    client = make_client(2)
+    try:
+        with joined(piggyback=True) as others:
+            attach(client, others.server, 1)  # on the engine of the lane that fails
+            sidecar = PythonSidecar(client, receives=0)
+            with sidecar.peer.data:
+                assert look_up(client, bags(4, 1), sidecars=2)[0] == Status.TRANSPORT
+                assert client.stats()["lanes"][0]["lost"] == "the peer does not post receives"
+            asked = bags(4, 2).only(1)
+            status, out = look_up(client, asked, sidecars=2)
+            assert status == 0
+            np.testing.assert_array_equal(out, asked.expected)
+            with python_ranker(others.server, receives=0) as ranker:
+                wait_until(lambda: others.server.stats()["engines"][0]["lanes"] == 3)
+                ask(ranker, 0, 1, batch=3)
+                wait_until(lambda: others.server.stats()["engines"][0]["lanes"] == 2)
+                assert look_up(others.client, bags(5, 5))[0] == 0
+    finally:
         client.close()
 
 

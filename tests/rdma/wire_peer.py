@@ -94,10 +94,11 @@ class WirePeer:
         )  # fmt: skip
         return end._replace(**changes)
 
-    def connect(self, other: End) -> None:
+    def connect(self, other: End, *, receives: int | None = None) -> None:
+        """Join the other end; `receives` posted instead of as many as it was promised."""
         self.other = other
         self.data.connect(other.address(other.data_qpn, other.data_psn, other.slots_address, other.slots_rkey))
-        for i in range(self.receives):
+        for i in range(self.receives if receives is None else receives):
             self.data.post_receive(i)
 
     @property
