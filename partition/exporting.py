@@ -72,7 +72,7 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], var
     with quiet_torch(), redirect_stderr(io.StringIO()):
         program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
         operators = [n.target for n in program.graph.nodes if n.op == "call_function"]
-        jagged = {o: OPERATORS[o.name()] for o in operators if isinstance(o, torch._ops.OpOverload) and o.name() in OPERATORS}
+        jagged = {o: OPERATORS[str(o)] for o in operators if str(o) in OPERATORS}
         if not jagged and not _writes(operators):
             return program
         # Functionalised, so that no operator writes into what another one reads; nothing else is decomposed.

@@ -72,13 +72,18 @@ def _is_plain_bags(value: object) -> bool:
 
 def _keyed_jagged(example: Any, bags: dict[str, dict[str, Tensor]]) -> Any:
     """`bags` as TorchRec's own type, cut into keys already: cutting it would depend on the data."""
-    jagged_type = type(next(iter(example.to_dict().values())))
+    base, jagged_type = type(example), type(next(iter(example.to_dict().values())))
+
+    class Cut(base):  # type: ignore[misc, valid-type]
+        def __getitem__(self, key: str) -> Any:
+            return self.to_dict()[key]
+
     parts = {
         key: jagged_type(values=bag["values"], weights=bag.get("weights"), lengths=_lengths(bag), offsets=bag["offsets"])
         for key, bag in bags.items()
     }
     weights = [bag["weights"] for bag in bags.values() if "weights" in bag]
-    return type(example)(
+    return Cut(
         keys=list(parts),
         values=torch.cat([bag["values"] for bag in bags.values()]),
         weights=torch.cat(weights) if weights else None,
@@ -103,8 +108,8 @@ def _padded(values: Tensor, offsets: Sequence[Tensor], lengths: Sequence[int], p
 
 
 OPERATORS: Mapping[str, Callable[..., Any]] = {
-    "fbgemm::asynchronous_complete_cumsum": lambda lengths: functional.pad(lengths.cumsum(-1, dtype=lengths.dtype), (1, 0)),
-    "fbgemm::jagged_2d_to_dense": lambda values, offsets, length: _padded(values, [offsets], [length]),
-    "fbgemm::jagged_to_padded_dense": _padded,
+    "fbgemm.asynchronous_complete_cumsum.default": lambda lengths: functional.pad(lengths.cumsum(-1, dtype=lengths.dtype), (1, 0)),
+    "fbgemm.jagged_2d_to_dense.default": lambda values, offsets, length: _padded(values, [offsets], [length]),
+    "fbgemm.jagged_to_padded_dense.default": _padded,
 }
 """FBGEMM's operators by name → the same by torch's own."""

@@ -209,10 +209,9 @@ def _embedding(captured: Captured, node: fx.Node, tables: dict[fx.Node, str]) ->
             "remedy: use nn.EmbeddingBag for a varying number of ids"
         )
     table = captured.states[weight][1]
-    jagged = _one_key(captured, ids)
-    if jagged is not None:
-        source = _jagged(captured, node, ids, jagged, None, True)
-        return Lookup(node, node, tables[weight], table, Pooling.NONE, source)
+    offsets = _one_key(captured, ids)
+    if offsets is not None:
+        return Lookup(node, node, tables[weight], table, Pooling.NONE, _jagged(captured, node, ids, offsets, None, True))
     bag_ids = math.prod(int(n) for n in shape[1:])
     if bag_ids == 1:
         return Lookup(node, node, tables[weight], table, Pooling.SUM, find_columns(captured, ids, 1))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
+from torch.utils._sympy.value_ranges import ValueRanges
 
 from sidepool.partition.capture import Captured
 from sidepool.partition.exporting import quiet_torch
@@ -134,9 +135,13 @@ class Copier:
         try:
             with quiet_torch(), torch.no_grad():
                 shapes = tuple({0: Dim.DYNAMIC} for _ in examples)
-                return torch.export.export(module, tuple(examples), dynamic_shapes=shapes, strict=False)
+                program = torch.export.export(module, tuple(examples), dynamic_shapes=shapes, strict=False)
         except Exception as e:
             raise CutError(f"{self.where}: torch.export refuses it: {type(e).__name__}: {str(e)[:500]}") from e
+        # It takes a batch for 2 at least, and lets a smaller one pass; not so the offsets of one, which are one more.
+        for symbol, range_ in program.range_constraints.items():
+            program.range_constraints[symbol] = ValueRanges(0, range_.upper)
+        return program
 
     def is_batch_size(self, node: fx.Node) -> bool:
         value = node.meta.get("val")

@@ -61,7 +61,7 @@ def torchrec(name: str) -> Published:
         from torchrec.modules.embedding_configs import EmbeddingConfig
         from torchrec.modules.embedding_modules import EmbeddingCollection
 
-        shared = EmbeddingConfig(name="items", embedding_dim=WIDTH, num_embeddings=21, feature_names=["f0", "f1"])
+        shared = EmbeddingConfig(name="goods", embedding_dim=WIDTH, num_embeddings=21, feature_names=["f0", "f1"])
         own = EmbeddingConfig(name="tags", embedding_dim=WIDTH, num_embeddings=22, feature_names=["f2"])
         model = Sequences(EmbeddingCollection(tables=[shared, own]))
         poolings = dict.fromkeys(("f0", "f1", "f2"), "none")

@@ -92,7 +92,7 @@ class Mixed(nn.Module):
     def forward(self, keyed: Any) -> Tensor:
         rows = self.rows(keyed)["f0"]
         even = rows.to_padded_dense(5) * (rows.to_padded_dense_weights(5) % 2 == 0)[:, :, None]
-        seconds = self.padded(keyed["f1"].to_padded_dense(2))[:, 1]
+        seconds = self.padded(keyed["f0"].to_padded_dense(2))[:, 1]
         return even.sum(1) + self.bags(keyed).values() + seconds * rows.lengths()[:, None]
 
 
