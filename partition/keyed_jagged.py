@@ -75,6 +75,7 @@ def _keyed_jagged(example: Any, bags: dict[str, dict[str, Tensor]]) -> Any:
     base, jagged_type = type(example), type(next(iter(example.to_dict().values())))
 
     class Cut(base):  # type: ignore[misc, valid-type]
+        # TorchRec's own cuts the ids of all keys.
         def __getitem__(self, key: str) -> Any:
             return self.to_dict()[key]
 
