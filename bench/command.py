@@ -14,6 +14,8 @@ BENCHES = {
     "plan": ("sidepool.bench.plan", "network bytes of pooling at sidecars and ranker, expected latency of strategies, failover"),
     "soak": ("sidepool.bench.soak", "many clients at full load for minutes: values verified, memory and descriptors watched"),
     "start": ("sidepool.bench.start", "how soon a sidecar over page-cached shards is ready, and what memory it takes"),
+    "programs": ("sidepool.bench.programs", "attention over a history in the sidecar, beside rows that travel to the ranker"),
+    "checkpoint": ("sidepool.bench.checkpoint", "time and memory of partitioning a checkpoint, also one larger than memory"),
     "pool": ("sidepool.bench.pool", "gather and pool, beside FBGEMM, torch embedding_bag and the speed of reading the same rows"),
     "serve": ("sidepool.bench.serve", "latency and throughput through Triton, beside the monolithic model"),
 }

@@ -1,4 +1,4 @@
-"""Attention in the sidecar or behind it: `python -m sidepool.bench.programs --json FILE`.
+"""`sidepool bench programs`: attention in the sidecar or behind it.
 
 DeepRecSys's DIN (250 behaviours of 32 floats), partitioned with and without programs, each behind a sidecar process of its own.
 What one lookup carries, and how long the whole takes: index arithmetic, lookup, dense net, on the CPU.
@@ -21,6 +21,7 @@ from torch import Tensor
 from sidepool.bench.machine import describe
 from sidepool.bench.models.deeprecsys import SIZES, deeprecsys, inputs
 from sidepool.bench.processes import running_sidecars
+from sidepool.bench.serve import make_console
 from sidepool.bench.triton_server import free_ports
 from sidepool.client import Pipeline
 from sidepool.client.lanes import Lane
@@ -35,8 +36,33 @@ CALLS = 60
 # Distinct requests, so that no variant answers from its cache lines alone.
 REQUESTS = 16
 
+Figures = dict[int, dict[str, dict[str, float]]]
+"""Samples → variant → what was measured."""
 
-def measure(lane: Lane, batches: Sequence[int] = BATCHES, calls: int = CALLS, rows: int = ROWS) -> dict[str, object]:
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `sidepool bench programs`."""
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
+    parser.add_argument("--lane", choices=("shm", "tcp"), default="tcp", help="to the sidecars (default: tcp, over loopback)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print, write JSON."""
+    about, found = describe(SEED), measure(args.lane)
+    console = make_console()
+    console.print("  ".join(f"{key}: {value}" for key, value in about.items()))
+    for batch, variants in found.items():
+        for name, figures in variants.items():
+            there, back, median_ms = figures["request_bytes"], figures["response_bytes"], figures["p50_us"] / 1e3
+            console.print(f"{batch:>4} samples, {name:<12}  {there:>9,.0f} B there  {back:>9,.0f} B back  {median_ms:7.2f} ms")
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        result = {"machine": about, "lane": args.lane, "batches": found}
+        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def measure(lane: Lane, batches: Sequence[int] = BATCHES, calls: int = CALLS, rows: int = ROWS) -> Figures:
     """Per batch size and variant: bytes of request and response, and the median of a call in microseconds."""
     torch.manual_seed(SEED)
     torch.set_num_threads(1)  # the sidecars run on the same machine
@@ -55,11 +81,11 @@ def measure(lane: Lane, batches: Sequence[int] = BATCHES, calls: int = CALLS, ro
         stack.enter_context(running_sidecars(configs, work_dir=root / "logs"))
         pipelines = {name: stack.enter_context(Pipeline.open(r.out_dir, lane=lane)) for name, r in reports.items()}
         table_rows = [min(n, rows) for n in SIZES["din"].rows]
-        found: dict[str, object] = {}
+        found: Figures = {}
         for batch in batches:
             given = [inputs("din", table_rows, batch) for _ in range(REQUESTS)]
             times = _in_turn(pipelines, given, calls)
-            found[str(batch)] = {
+            found[batch] = {
                 name: {
                     "request_bytes": report.wire_bytes(0, batch)[0],
                     "response_bytes": report.wire_bytes(0, batch)[1],
@@ -67,7 +93,7 @@ def measure(lane: Lane, batches: Sequence[int] = BATCHES, calls: int = CALLS, ro
                 }
                 for name, report in reports.items()
             }
-        return {"lane": lane, "batches": found}
+        return found
 
 
 def _in_turn(pipelines: dict[str, Pipeline], given: Sequence[tuple[Tensor, ...]], calls: int) -> dict[str, list[float]]:
@@ -79,20 +105,3 @@ def _in_turn(pipelines: dict[str, Pipeline], given: Sequence[tuple[Tensor, ...]]
             if i >= len(given):  # the first pass over the requests warms up
                 times[name].append(time.perf_counter() - began)
     return times
-
-
-def main() -> None:
-    """Print the figures and write them."""
-    parser = argparse.ArgumentParser(prog="python -m sidepool.bench.programs", description=__doc__)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the figures")
-    parser.add_argument("--lane", choices=("shm", "tcp"), default="tcp", help="default: tcp, over loopback")
-    args = parser.parse_args()
-    result = {"machine": describe(SEED), **measure(args.lane)}
-    text = json.dumps(result, indent=1)
-    print(text)
-    if args.json is not None:
-        args.json.write_text(text + "\n", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()

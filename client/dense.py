@@ -62,8 +62,10 @@ class DenseGraph:
         self._dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[self.output_dtype]
         self._inputs = model.dense.inputs
         sources = {f.feature: f.source for f in model.features}
-        self._bag_ids = [_bag_ids(sources[name], name) for name in model.dense.sequences]
+        self._bag_ids = [_bag_ids(sources[name]) for name in model.dense.sequences]
         self._program = load_program(directory / model.dense.file, self.device)
+        if None in self._bag_ids:
+            max_captured_batch = 0  # numbers of ids hardly ever come back
         self._cuda = _CudaRunner(self._program, self.device, max_captured_batch) if self.device.type == "cuda" else None
 
     def host_buffer(self, rows: int, columns: int) -> Tensor:
@@ -83,14 +85,14 @@ class DenseGraph:
         """The model's outputs, on the host and owned by the caller.
 
         pooled: `[batch, Σ dim]` of the program's `pooled_dtype`. sequences: per feature of `DenseProgram.sequences`,
-        `[batch * ids per bag, dim]`, as a lookup gives them. inputs: the model's
+        `[ids of all bags, dim]`, as a lookup gives them. inputs: the model's
         inputs by name. All on the host; they may be reused once this returns.
         Raises `LookupRejected` for an input that is missing or does not fit the graph.
         """
         torch, batch = self._torch, pooled.shape[0]
         tensors = [pooled]
         for rows, bag_ids in zip(sequences, self._bag_ids, strict=True):
-            tensors.append(self.as_tensor(rows.reshape(batch, bag_ids, rows.shape[1])))
+            tensors.append(self.as_tensor(rows if bag_ids is None else rows.reshape(batch, bag_ids, rows.shape[1])))
         for name in self._inputs:
             if name not in inputs:
                 raise LookupRejected(f"{name}: missing; found the inputs {sorted(inputs)}")
@@ -105,10 +107,8 @@ class DenseGraph:
                 raise LookupRejected(f"inputs: found {found}; they do not fit the dense graph: {e}") from e
 
 
-def _bag_ids(source: object, feature: str) -> int:
-    if not isinstance(source, FixedSource):
-        raise ConfigError(f"dense.sequences: found {feature!r} with a varying number of ids; allowed: features of fixed width")
-    return source.end - source.begin
+def _bag_ids(source: object) -> int | None:
+    return source.end - source.begin if isinstance(source, FixedSource) else None
 
 
 class _CudaRunner:

@@ -48,8 +48,8 @@ class Captured:
     output_names: tuple[str, ...]
     expected: tuple[Tensor, ...]
     """What the model itself gives for `examples`."""
-    keys: Mapping[fx.Node, str]
-    """Inputs that hold the ids of one key of a `KeyedJaggedTensor`: the key."""
+    keys: Mapping[fx.Node, tuple[str, str]]
+    """Inputs that are part of a `KeyedJaggedTensor`: key, and which of `plain_tensors`; a key's are side by side, in its order."""
     ask: Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
     """What the model itself gives for other values of `inputs`; raises whatever the model does."""
     unread: tuple[str, ...] = ()
@@ -143,12 +143,12 @@ def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     )
 
 
-def _checked_examples(arguments: Any, keys: Sequence[str | None]) -> Iterator[Tensor]:
+def _checked_examples(arguments: Any, keys: Sequence[tuple[str, str] | None]) -> Iterator[Tensor]:
     leaves, _ = pytree.tree_flatten(arguments)
     if not leaves:
         raise CutError("example inputs: found none; allowed: at least one tensor")
     for position, (leaf, key) in enumerate(zip(leaves, keys, strict=True)):
-        where = f"example inputs: tensor {position}" if key is None else f"example inputs: ids of {key!r}"
+        where = f"example inputs: tensor {position}" if key is None else f"example inputs: {key[1]} of {key[0]!r}"
         if not isinstance(leaf, Tensor):
             raise CutError(f"{where}: found {leaf!r}; allowed: tensors only (fix constants inside the model)")
         if leaf.device.type != "cpu":
@@ -193,7 +193,7 @@ def _captured(
     examples: tuple[Tensor, ...],
     names: tuple[str, ...],
     expected: tuple[Tensor, ...],
-    keys: Sequence[str | None],
+    keys: Sequence[tuple[str, str] | None],
     ask: Callable[[Sequence[Tensor]], tuple[Tensor, ...]],
 ) -> Captured:
     graph = program.graph

@@ -123,8 +123,7 @@ class _Artifact:
             pairs = zip(self.plan.features, self.model.features, strict=True)
             looked_up = {f.name: self._look_up(f, s.source, given).to(self.dtype) for f, s in pairs}
             pooled = [looked_up[f.name] for f in self.plan.features if f.pooling is not Pooling.NONE]
-            batch = next(iter(looked_up.values())).shape[0]
-            arguments = [torch.cat(pooled, dim=1) if pooled else torch.zeros(batch, 0, dtype=self.dtype)]
+            arguments = [torch.cat(pooled, dim=1) if pooled else torch.zeros(self._samples(given), 0, dtype=self.dtype)]
             arguments += [looked_up[name] for name in self.model.dense.sequences]
             arguments += [given[name] for name in self.model.dense.inputs]
             outputs = self._program(self.version / self.model.dense.file)(*arguments)
@@ -151,6 +150,12 @@ class _Artifact:
             weights=None if source.weights is None else given[source.weights].float(),
             include_last_offset=source.include_last_offset,
         )
+
+    def _samples(self, given: Mapping[str, Tensor]) -> int:
+        source = self.model.features[0].source
+        if isinstance(source, FixedSource):
+            return len(given[source.input])
+        return len(given[source.offsets]) - source.include_last_offset
 
     def _rows(self, table: str, ids: Tensor) -> Tensor:
         """The rows of `ids`, as float32."""

@@ -7,7 +7,7 @@ import io
 import linecache
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from types import TracebackType
 from typing import Any
@@ -18,6 +18,7 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from sidepool.partition.all_samples import all_samples
+from sidepool.partition.keyed_jagged import OPERATORS
 from sidepool.wire.errors import CutError
 
 # Namespaces of operators that torch itself brings: a program of these runs wherever torch does.
@@ -70,10 +71,12 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], var
     # Where it fails, torch prints the whole graph.
     with quiet_torch(), redirect_stderr(io.StringIO()):
         program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
-        if not _writes(program):
+        operators = [n.target for n in program.graph.nodes if n.op == "call_function"]
+        jagged = {o: OPERATORS[str(o)] for o in operators if str(o) in OPERATORS}
+        if not jagged and not _writes(operators):
             return program
-        # Functionalised, so that no operator writes into what another one reads; nothing is decomposed.
-        functional: ExportedProgram = program.run_decompositions({})
+        # Functionalised, so that no operator writes into what another one reads; nothing else is decomposed.
+        functional: ExportedProgram = program.run_decompositions(jagged)
         return functional
 
 
@@ -90,9 +93,8 @@ def _apart(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ..
     return found
 
 
-def _writes(program: ExportedProgram) -> bool:
-    """Whether an operator writes into its arguments. To functionalise takes longer than to export where features are many."""
-    operators = (n.target for n in program.graph.nodes if n.op == "call_function")
+def _writes(operators: Sequence[Any]) -> bool:
+    """Whether one of them writes into its arguments. To functionalise takes longer than to export where features are many."""
     return any(
         isinstance(o, torch._ops.HigherOrderOperator) or (isinstance(o, torch._ops.OpOverload) and o._schema.is_mutable)
         for o in operators

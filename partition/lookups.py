@@ -23,6 +23,7 @@ from sidepool.partition.sources import (
     foreign_ids,
     packet,
     probe_inputs,
+    value_ancestors,
 )
 from sidepool.wire.errors import CutError
 from sidepool.wire.model import OutputDtype
@@ -207,12 +208,10 @@ def _embedding(captured: Captured, node: fx.Node, tables: dict[fx.Node, str]) ->
             f"{_where(node)}: found ids of shape {list(shape)}; allowed: [batch, …] with every other size fixed\n"
             "remedy: use nn.EmbeddingBag for a varying number of ids"
         )
-    if behind_casts(ids) in captured.keys:
-        raise CutError(
-            f"{_where(node)}: found rows of a KeyedJaggedTensor that are not pooled; allowed: an EmbeddingBagCollection\n"
-            "remedy: give sequences as a matrix of ids, padded to one length"
-        )
     table = captured.states[weight][1]
+    offsets = _one_key(captured, ids)
+    if offsets is not None:
+        return Lookup(node, node, tables[weight], table, Pooling.NONE, _jagged(captured, node, ids, offsets, None, True))
     bag_ids = math.prod(int(n) for n in shape[1:])
     if bag_ids == 1:
         return Lookup(node, node, tables[weight], table, Pooling.SUM, find_columns(captured, ids, 1))
@@ -222,6 +221,14 @@ def _embedding(captured: Captured, node: fx.Node, tables: dict[fx.Node, str]) ->
     ids, padding = apply_mask(captured, ids, found, int(table.shape[0]))
     source = find_columns(captured, ids, bag_ids)
     return Lookup(node, found.output, tables[weight], table, found.pooling, source, padding_index=padding)
+
+
+def _one_key(captured: Captured, ids: fx.Node) -> fx.Node | None:
+    """The offsets of a `KeyedJaggedTensor`'s key, if `ids` has one element for each of its ids."""
+    for node in value_ancestors(ids):
+        if node in captured.keys and captured.keys[node][1] == "values" and node.meta["val"].shape == ids.meta["val"].shape:
+            return captured.inputs[captured.inputs.index(node) + 1]
+    return None
 
 
 def _node(argument: object) -> fx.Node:
@@ -301,7 +308,8 @@ def _jagged(captured: Captured, node: fx.Node, values: fx.Node, offsets: fx.Node
             )
         if origin.meta["val"].dim() != 1:
             raise CutError(f"{_where(node)}: found {what} of shape {list(origin.meta['val'].shape)}; allowed: one dimension")
-    return Jagged(plain[0], plain[1], plain[2] if weights is not None else None, last, captured.keys.get(plain[0]))
+    key = captured.keys.get(plain[0], (None,))[0]
+    return Jagged(plain[0], plain[1], plain[2] if weights is not None else None, last, key)
 
 
 def _check_dtypes(captured: Captured, lookups: Sequence[Lookup]) -> None:

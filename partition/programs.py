@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
+from torch.utils._sympy.value_ranges import ValueRanges
 
 from sidepool.partition.capture import Captured
-from sidepool.partition.exporting import quiet_torch, source_line
-from sidepool.partition.lookups import Lookup
+from sidepool.partition.exporting import quiet_torch
+from sidepool.partition.lookups import Jagged, Lookup
 from sidepool.partition.pieces import Pieces
 from sidepool.partition.sources import Columns, packet
 from sidepool.wire.errors import CutError
@@ -43,7 +46,7 @@ def cut_programs(captured: Captured, lookups: Sequence[Lookup]) -> Cut:
     widths = {
         x.source.root: _width(x.source) for x in ordered if isinstance(x.source, Columns) and x.source.root.op != "placeholder"
     }
-    index, index_inputs = _index_program(captured, widths, batch_sizes(captured, ordered)) if widths else (None, ())
+    index, index_inputs = _index_program(captured, widths, ordered) if widths else (None, ())
     return Cut(ordered, dense, dense_inputs, index, index_inputs, tuple(widths))
 
 
@@ -77,7 +80,8 @@ def program_bytes(program: ExportedProgram) -> bytes:
 class Copier:
     """Copies nodes of a captured graph into a new graph, with what they need, states as attributes.
 
-    Sizes that equal the batch are read from `anchor`, so that a program needs no input only for its size.
+    Sizes that equal the batch are read from `anchor`, so that a program needs no input only for its size; its first dimension
+    is the batch and `anchor_beyond`.
     """
 
     def __init__(self, captured: Captured, where: str, batch_sizes: frozenset[str]) -> None:
@@ -86,6 +90,7 @@ class Copier:
         self.copies: dict[fx.Node, fx.Node] = {}
         self.states: dict[str, Tensor] = {}
         self.anchor: fx.Node | None = None
+        self.anchor_beyond = 0
         self.batch: fx.Node | None = None
 
     def needed(self, *targets: fx.Node) -> list[fx.Node]:
@@ -130,9 +135,13 @@ class Copier:
         try:
             with quiet_torch(), torch.no_grad():
                 shapes = tuple({0: Dim.DYNAMIC} for _ in examples)
-                return torch.export.export(module, tuple(examples), dynamic_shapes=shapes, strict=False)
+                program = torch.export.export(module, tuple(examples), dynamic_shapes=shapes, strict=False)
         except Exception as e:
             raise CutError(f"{self.where}: torch.export refuses it: {type(e).__name__}: {str(e)[:500]}") from e
+        # It takes a batch for 2 at least, and lets a smaller one pass; not so the offsets of one, which are one more.
+        for symbol, range_ in program.range_constraints.items():
+            program.range_constraints[symbol] = ValueRanges(0, range_.upper)
+        return program
 
     def is_batch_size(self, node: fx.Node) -> bool:
         value = node.meta.get("val")
@@ -142,19 +151,37 @@ class Copier:
         if self.batch is None:
             assert self.anchor is not None
             self.batch = self.graph.call_function(aten.sym_size.int, (self.anchor, 0))
+            if self.anchor_beyond:
+                self.batch = self.graph.call_function(operator.sub, (self.batch, self.anchor_beyond))
         return self.batch
 
 
 def batch_sizes(captured: Captured, lookups: Sequence[Lookup]) -> frozenset[str]:
-    """Expressions that mean the batch size: the first dimension of every input that does not hold jagged ids."""
-    jagged: set[fx.Node] = set()
-    for lookup in lookups:
-        if not isinstance(lookup.source, Columns):
-            jagged |= {lookup.source.values, *filter(None, [lookup.source.weights])}
-            if lookup.source.include_last_offset:
-                jagged.add(lookup.source.offsets)
-    sized = [*(n for n in captured.inputs if n not in jagged), *captured.outputs]
-    return frozenset(str(n.meta["val"].shape[0].node.expr) for n in sized if isinstance(n.meta["val"].shape[0], torch.SymInt))
+    """Expressions that mean the batch size: the first dimension of every input that does not hold jagged ids.
+
+    Raises `CutError` for an output that has a row per jagged id.
+    """
+    sources = [x.source for x in lookups if isinstance(x.source, Jagged)]
+    last = {s.offsets for s in sources if s.include_last_offset} | {n for n, (_, x) in captured.keys.items() if x == "offsets"}
+    ids = (captured.keys.keys() | _of_bags(lookups)) - {s.offsets for s in sources} - last
+    sizes = {_first_size(n, int(n in last)) for n in captured.inputs if n not in ids}
+    uneven = {_first_size(n) for n in ids} - sizes
+    for name, node in zip(captured.output_names, captured.outputs, strict=False):
+        if _first_size(node) in uneven:
+            raise CutError(f"model: output {name}: found a row per id; allowed: the batch as its first dimension")
+    return frozenset(filter(None, sizes | {_first_size(n) for n in captured.outputs}))
+
+
+def _first_size(node: fx.Node, beyond: int = 0) -> str:
+    """The expression of a value's first size without `beyond` of it; empty where it does not vary."""
+    size = node.meta["val"].shape[0] - beyond
+    return str(size.node.expr) if isinstance(size, torch.SymInt) else ""
+
+
+def _of_bags(lookups: Sequence[Lookup]) -> set[fx.Node]:
+    """Inputs that make up the ids of jagged features."""
+    sources = [x.source for x in lookups if isinstance(x.source, Jagged)]
+    return {node for s in sources for node in (s.values, s.offsets, s.weights) if node is not None}
 
 
 def _dense_program(captured: Captured, lookups: Sequence[Lookup]) -> tuple[ExportedProgram, tuple[fx.Node, ...]]:
@@ -169,7 +196,7 @@ def _dense_program(captured: Captured, lookups: Sequence[Lookup]) -> tuple[Expor
     weighting = [node for x in sequences if x.weights is not None for node in _weighting(x)]
     found = copier.needed(*captured.outputs, *weighting)
     inputs = tuple(n for n in captured.inputs if n in found)
-    _check_dense_inputs(inputs, lookups)
+    _check_inputs(copier, inputs, lookups)
     # Prefixed, since a model's own input may be called `pooled`.
     copier.copies = {n: copier.graph.placeholder(f"input_{n.target}") for n in inputs}
     pieces = Pieces(copier.graph, pooled, pooled_dims)
@@ -184,21 +211,23 @@ def _dense_program(captured: Captured, lookups: Sequence[Lookup]) -> tuple[Expor
         copier.copies[node] = pieces.join(node, copier.copies) or pieces.move(node, copier.copies) or copier.copy(node)
     _reuse_buffers(copier.graph)
     batch = captured.expected[0].shape[0]
-    shapes = [(batch, sum(pooled_dims)), *((batch, _bag_ids(x), x.dim) for x in sequences)]
+    rows = [_rows_of(captured, x) for x in sequences]
+    shapes = [(batch, sum(pooled_dims)), *((*n, x.dim) for n, x in zip(rows, sequences, strict=True))]
     examples = [torch.zeros(shape, dtype=lookups[0].weight.dtype) for shape in shapes]
     examples += [e for n, e in zip(captured.inputs, captured.examples, strict=True) if n in inputs]
     return copier.export([copier.copies[n] for n in captured.outputs], examples), inputs
 
 
 def _index_program(
-    captured: Captured, widths: Mapping[fx.Node, int], sizes: frozenset[str]
+    captured: Captured, widths: Mapping[fx.Node, int], lookups: Sequence[Lookup]
 ) -> tuple[ExportedProgram, tuple[fx.Node, ...]]:
     """Ids `[batch, width]` int64, one output per root of `widths`."""
-    copier = Copier(captured, "index program", sizes)
+    copier = Copier(captured, "index program", batch_sizes(captured, lookups))
     found = set(copier.needed(*widths))
     inputs = tuple(n for n in captured.inputs if n in found)
+    _check_inputs(copier, inputs, lookups)
     copier.copies = {n: copier.graph.placeholder(str(n.target)) for n in inputs}
-    copier.anchor = copier.copies[inputs[0]]
+    _anchor(copier, inputs)
     outputs = []
     for root, width in widths.items():
         for node in copier.needed(root):
@@ -215,16 +244,24 @@ def _width(source: Columns) -> int:
     return math.prod(int(n) for n in sizes) if sizes else source.end - source.begin
 
 
-def _check_dense_inputs(inputs: Sequence[fx.Node], lookups: Sequence[Lookup]) -> None:
-    for lookup in lookups:
-        if isinstance(lookup.source, Columns):
-            continue
-        for node in (lookup.source.values, lookup.source.offsets, lookup.source.weights):
-            if node is not None and node in inputs:
-                raise CutError(
-                    f"dense program: needs {node.target!r}, the ids of a jagged feature ({source_line(lookup.node)}); "
-                    "allowed: jagged ids that are only looked up\nremedy: give what the dense half needs as an input of its own"
-                )
+def _anchor(copier: Copier, inputs: Sequence[fx.Node]) -> None:
+    """Read the batch size from an input: one with a sample per row, or the offsets of a key."""
+    for beyond, node in itertools.product((0, 1), inputs):
+        if _first_size(node, beyond) in copier.batch_sizes:
+            copier.anchor, copier.anchor_beyond = copier.copies[node], beyond
+            return
+
+
+def _check_inputs(copier: Copier, inputs: Sequence[fx.Node], lookups: Sequence[Lookup]) -> None:
+    """Refuse a key that nothing looks up: its ids come to the ranker with a feature's, or not at all."""
+    brought = _of_bags(lookups)
+    for node in inputs:
+        if node in copier.captured.keys and node not in brought:
+            key, what = copier.captured.keys[node]
+            raise CutError(
+                f"{copier.where}: needs the {what} of the key {key!r}; allowed: what lookups read of a KeyedJaggedTensor\n"
+                "remedy: give it as an input of its own, padded to one length"
+            )
 
 
 def _shaped(copier: Copier, output: fx.Node, piece: fx.Node, pieces: Pieces) -> fx.Node:
@@ -238,9 +275,9 @@ def _shaped(copier: Copier, output: fx.Node, piece: fx.Node, pieces: Pieces) -> 
 
 
 def _unflattened(copier: Copier, lookup: Lookup, sequence: fx.Node) -> fx.Node:
-    """`sequence`, `[batch, ids, dim]`, in the shape of the replaced operator."""
+    """`sequence`, `[batch, ids, dim]` or `[ids, dim]`, in the shape of the replaced operator."""
     shape = lookup.output.meta["val"].shape
-    if len(shape) == 3:
+    if isinstance(lookup.source, Jagged) or len(shape) == 3:
         return sequence
     return copier.graph.call_function(aten.unflatten.int, (sequence, 1, [int(n) for n in shape[1:-1]]))
 
@@ -270,6 +307,13 @@ def _bag_ids(lookup: Lookup) -> int:
     return lookup.source.end - lookup.source.begin
 
 
+def _rows_of(captured: Captured, lookup: Lookup) -> tuple[int, ...]:
+    """How many rows a sequence has for the examples: `[batch, ids]`, or `[ids]` where their number varies."""
+    if isinstance(lookup.source, Jagged):
+        return (len(captured.examples[captured.inputs.index(lookup.source.values)]),)
+    return len(captured.expected[0]), _bag_ids(lookup)
+
+
 def _reuse_buffers(graph: fx.Graph) -> None:
     """ReLU right behind a linear layer works in place: functionalising took that from models that ask for it."""
     for node in graph.nodes:
@@ -281,7 +325,22 @@ def example_arguments(cut: Cut, captured: Captured, looked_up: Mapping[Lookup, T
     """Arguments of the dense program for the captured examples, given each lookup's result."""
     pooled = [looked_up[x] for x in cut.lookups if x.pooling is not Pooling.NONE]
     first = next(iter(looked_up.values()))
-    arguments = [torch.cat(pooled, dim=1) if pooled else first.new_zeros(first.shape[0], 0)]
+    arguments = [torch.cat(pooled, dim=1) if pooled else first.new_zeros(len(captured.expected[0]), 0)]
     arguments += [looked_up[x] for x in cut.lookups if x.pooling is Pooling.NONE]
     by_input = dict(zip(captured.inputs, captured.examples, strict=True))
     return arguments + [by_input[n] for n in cut.dense_inputs]
+
+
+def last_sample(cut: Cut, captured: Captured, arguments: Sequence[Tensor]) -> list[Tensor]:
+    """Of arguments as `example_arguments` gives them, those of the last sample alone."""
+    by_input = dict(zip(captured.inputs, captured.examples, strict=True))
+    ids: dict[fx.Node, Tensor] = {}
+    first: dict[fx.Node, int] = {}
+    for source in (x.source for x in cut.lookups if isinstance(x.source, Jagged)):
+        own = by_input[source.offsets][-1 - source.include_last_offset :]
+        ids[source.offsets] = own - own[0]
+        first |= dict.fromkeys(filter(None, (source.values, source.weights)), int(own[0]))
+    sequences = [x.source for x in cut.lookups if x.pooling is Pooling.NONE]
+    begins = [-1, *(first[s.values] if isinstance(s, Jagged) else -1 for s in sequences)]
+    taken = [argument[begin:] for argument, begin in zip(arguments, begins, strict=False)]
+    return taken + [ids.get(n, by_input[n][first.get(n, -1) :]) for n in cut.dense_inputs]

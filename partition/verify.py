@@ -13,7 +13,7 @@ from sidepool.partition.capture import Captured
 from sidepool.partition.exporting import quiet_torch, source_line
 from sidepool.partition.lookups import Lookup
 from sidepool.partition.program_reference import run_program
-from sidepool.partition.programs import Cut, cut_programs, example_arguments
+from sidepool.partition.programs import Cut, cut_programs, example_arguments, last_sample
 from sidepool.partition.reference import pool_rows
 from sidepool.partition.sources import Columns, evaluate
 from sidepool.wire.errors import CutError
@@ -30,7 +30,7 @@ def verify_cut(captured: Captured, cut: Cut) -> tuple[float, dict[Lookup, Tensor
 
     Raises `CutError` where the difference is not rounding.
 
-    Also checks that a batch of one gives the first sample's outputs: Triton merges requests, so samples must not mix.
+    Also checks that a batch of one gives the last sample's outputs: Triton merges requests, so samples must not mix.
     """
     with torch.no_grad(), quiet_torch():
         unit = torch.finfo(cut.lookups[0].weight.dtype).eps
@@ -43,12 +43,12 @@ def verify_cut(captured: Captured, cut: Cut) -> tuple[float, dict[Lookup, Tensor
         except CutError as e:
             raise CutError(f"{e}\n{first_difference(captured, cut, unit)}") from e
         try:
-            first = dense(*(a[:1] for a in arguments))
+            last = dense(*last_sample(cut, captured, arguments))
         except Exception as e:
             raise CutError(f"dense program: fails for a batch of 1: {type(e).__name__}: {str(e)[:300]}") from e
-        expected = tuple(value[:1] for value in captured.expected)
-        what = "the first sample alone scores differently: the model mixes the samples of a batch"
-        _compare(captured, first, expected, unit, what)
+        expected = tuple(value[-1:] for value in captured.expected)
+        what = "the last sample alone scores differently: the model mixes the samples of a batch"
+        _compare(captured, last, expected, unit, what)
     return worst, looked_up
 
 

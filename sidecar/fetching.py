@@ -10,7 +10,7 @@ import os
 import random
 import shutil
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -36,11 +36,12 @@ from sidepool.sidecar.staging import JOURNAL_SUFFIX, StagedShard
 from sidepool.sidecar.stored import CHUNK_BYTES, Part, find_shard, read_part
 from sidepool.wire.checksum import crc32c
 from sidepool.wire.control_channel import ClientTls, fault_of
-from sidepool.wire.control_pb2 import FetchRequest
+from sidepool.wire.control_pb2 import FetchChunk, FetchRequest
 from sidepool.wire.control_pb2_grpc import SidecarStub
 from sidepool.wire.durable import sync
 from sidepool.wire.errors import Overloaded, PlanError, ShardCorrupt, SidepoolError
 from sidepool.wire.plan import Plan
+from sidepool.wire.program import TorchFile
 from sidepool.wire.shards import MANIFEST_FILE, ShardFile, ShardManifest, save_manifest
 
 # One call streams at most this much, so that it can have a deadline: a peer that hangs is left, and little is asked for again.
@@ -130,7 +131,6 @@ class Fetcher:
         complete, partial = complete_directory(order.base, order.new.epoch), partial_directory(order.base, order.new.epoch)
         wanted = self._wanted()
         linked = {shard.file: same for shard in wanted if (same := self._same(shard)) is not None}
-        torch_files = self._torch_files(wanted, linked)
         parts = [(s, piece.part) for s in wanted if s.file not in linked for piece in self._pieces(s)]
         self.progress.total_bytes = sum(same.bytes for same in linked.values())
         self.progress.total_bytes += sum(part.row_count * part.row_bytes(s.row_format) for s, part in parts)
@@ -138,9 +138,8 @@ class Fetcher:
             self._begin(partial)
             self._check_room(partial, [s for s in wanted if s.file not in linked])
             files = [self._link(partial, s, linked[s.file]) if s.file in linked else self._bring(partial, s) for s in wanted]
-            for file in torch_files:
-                assert order.own is not None
-                shutil.copyfile(order.own.shards / file, partial / file)
+            for shard in wanted:
+                self._bring_program_file(partial, shard.table, stays=shard.file in linked)
             manifest = ShardManifest(sidecar=order.name, plan_fingerprint=order.new.fingerprint, shards=tuple(files))
             save_manifest(manifest, partial)
             sync(partial / MANIFEST_FILE)
@@ -187,19 +186,28 @@ class Fetcher:
             for i, s in plan.held_by(plan.sidecar_index[self._order.name])
         ]
 
-    def _torch_files(self, wanted: Sequence[ShardFile], linked: Mapping[str, ShardFile]) -> list[str]:
-        """The files of programs that take torch; raises `PlanError` where such a program would move: only rows travel."""
-        files, plan = [], self._order.new
-        for shard in wanted:
-            program = plan.tables[plan.table_index[shard.table]].program
-            if program is None or program.torch is None:
-                continue
-            if shard.file not in linked:
-                raise PlanError(
-                    f"table {shard.table!r}: its program takes torch, whose file does not travel; allowed: the sidecar that has it"
-                )
-            files.append(program.torch.file)
-        return files
+    def _bring_program_file(self, partial: Path, table: str, *, stays: bool) -> None:
+        """Bring the file of a table's program that takes torch, if it has one."""
+        order, program = self._order, self._order.new.tables[self._order.new.table_index[table]].program
+        if program is None or program.torch is None:
+            return
+        target = partial / program.torch.file
+        if stays:
+            assert order.own is not None
+            shutil.copyfile(order.own.shards / program.torch.file, target)
+        else:
+            present, content, tries = order.present, None, 0
+            (shard,) = present.placed_shards[present.table_index[table]]  # tables of programs are whole
+            peers = random.sample(shard.sidecars, len(shard.sidecars))
+            while content is None:
+                try:
+                    content = self._fetch_program_file(table, program.torch, peers[0])
+                except SidepoolError as fault:
+                    tries += not isinstance(fault, Overloaded)
+                    self._pause(f"the program of table {table!r}", fault, tries)
+                    peers.append(peers.pop(0))
+            target.write_bytes(content)
+        sync(target)
 
     def _begin(self, partial: Path) -> None:
         """Make the directory, or go on in it where it was made for the same plan; those of other moves go."""
@@ -279,58 +287,79 @@ class Fetcher:
                 checksum = self._fetch(staged, gap, peers[0])
             except SidepoolError as fault:
                 tries = 1 if staged.missing(piece.part) != missing else tries + (not isinstance(fault, Overloaded))
-                self._pause(gap, fault, tries)
+                self._pause(str(gap), fault, tries)
                 peers.append(peers.pop(0))
             missing = staged.missing(piece.part)
         return checksum
 
-    def _pause(self, gap: Part, fault: SidepoolError, tries: int) -> None:
+    def _pause(self, what: str, fault: SidepoolError, tries: int) -> None:
         """Wait before the next try; raises `fault` after enough of them. A peer that is busy, or starts again, is waited for."""
         self._stopped()
         if tries >= (TRIES if fault.retryable else TRIES_WITHOUT_HOPE):
             raise fault
-        logs.log(logging.WARNING, "rows are fetched again", part=str(gap), reason=str(fault))
+        logs.log(logging.WARNING, "fetching again", part=what, reason=str(fault))
         self._stopping.wait(random.uniform(0.5, 1.0) * min(FIRST_PAUSE_S * 2.0**tries, LAST_PAUSE_S))
 
     def _fetch(self, staged: StagedShard, gap: Part, holder: int) -> int:
         """Have another sidecar send a part; blocks that came before an error stay. Returns its shard's checksum."""
-        order, address = self._order, self._order.present.sidecars[holder]
         request = FetchRequest(
-            plan_fingerprint=order.present.fingerprint,
             table=gap.table,
             first_row=gap.rows[0],
             rows=gap.row_count,
             first_column=gap.columns[0],
             columns=gap.columns[1] - gap.columns[0],
-            bytes_per_s=order.bytes_per_s,
         )
-        peer = f"sidecar {address.name!r} ({address.address})"
-        width, at, digest = gap.row_bytes(staged.shard.row_format), gap.rows[0], 0
+        where, width = f"{self._peer(holder)}: {gap}", gap.row_bytes(staged.shard.row_format)
+        at, digest = gap.rows[0], 0
+        for chunk in self._chunks(request, holder):
+            if chunk.last:
+                if (at, digest) != (gap.rows[1], chunk.crc32c):
+                    staged.forget()
+                    raise ShardCorrupt(f"{where}: the rows sent have another CRC-32C than it says at the end")
+                return int(chunk.shard_crc32c)
+            count, odd = divmod(len(chunk.rows), width)
+            if chunk.first_row != at or odd or not 0 < count <= gap.rows[1] - at or crc32c(chunk.rows) != chunk.crc32c:
+                raise ShardCorrupt(f"{where}: rows from {at} on came with another CRC-32C than it says")
+            digest = crc32c(chunk.crc32c.to_bytes(4, "little"), digest)
+            self._take(staged, gap, at, np.frombuffer(chunk.rows, np.uint8).reshape(count, width), chunk.crc32c)
+            at += count
+        raise ShardCorrupt(f"{where}: the stream ended at row {at}")
+
+    def _fetch_program_file(self, table: str, file: TorchFile, holder: int) -> bytes:
+        """Have another sidecar send the file of a program; it must be the one that the plan names."""
+        content = bytearray()
+        for chunk in self._chunks(FetchRequest(table=table, program_file=True), holder):
+            self._pacer.wait(len(chunk.rows), self._order.bytes_per_s, self._stopping.wait)
+            content += chunk.rows
+        if (found := crc32c(content)) != file.crc32c:
+            raise ShardCorrupt(
+                f"{self._peer(holder)}: {file.file}: CRC-32C: found {found:#010x}; allowed: {file.crc32c:#010x} (from the plan)"
+            )
+        return bytes(content)
+
+    def _peer(self, holder: int) -> str:
+        address = self._order.present.sidecars[holder]
+        return f"sidecar {address.name!r} ({address.address})"
+
+    def _chunks(self, request: FetchRequest, holder: int) -> Iterator[FetchChunk]:
+        """What another sidecar streams for `request`."""
+        order = self._order
+        request.plan_fingerprint, request.bytes_per_s = order.present.fingerprint, order.bytes_per_s
         # Senders divide their rate among those who fetch.
         timeout_s = CALL_MARGIN_S + 2 * MAX_STREAMS * CALL_BYTES / order.bytes_per_s
-        channel = self._channels.get(holder) or self._channels.setdefault(holder, order.tls.channel(address.address))
+        address = order.present.sidecars[holder].address
+        channel = self._channels.get(holder) or self._channels.setdefault(holder, order.tls.channel(address))
         call = self._call = SidecarStub(channel).Fetch(request, timeout=timeout_s)  # type: ignore[no-untyped-call]
         try:
             for chunk in call:
                 self._stopped()
-                if chunk.last:
-                    if (at, digest) != (gap.rows[1], chunk.crc32c):
-                        staged.forget()
-                        raise ShardCorrupt(f"{peer}: {gap}: the rows sent have another CRC-32C than it says at the end")
-                    return int(chunk.shard_crc32c)
-                count, odd = divmod(len(chunk.rows), width)
-                if chunk.first_row != at or odd or not 0 < count <= gap.rows[1] - at or crc32c(chunk.rows) != chunk.crc32c:
-                    raise ShardCorrupt(f"{peer}: {gap}: rows from {at} on came with another CRC-32C than it says")
-                digest = crc32c(chunk.crc32c.to_bytes(4, "little"), digest)
-                self._take(staged, gap, at, np.frombuffer(chunk.rows, np.uint8).reshape(count, width), chunk.crc32c)
-                at += count
+                yield chunk
         except grpc.RpcError as e:
             self._channels.pop(holder).close()  # the next try connects anew
-            raise fault_of(e, peer) from e
+            raise fault_of(e, self._peer(holder)) from e
         finally:
             self._call = None
             call.cancel()
-        raise ShardCorrupt(f"{peer}: {gap}: the stream ended at row {at}")
 
     def _take(self, staged: StagedShard, gap: Part, row: int, rows: NDArray[np.uint8], checksum: int) -> None:
         self._pacer.wait(rows.nbytes, self._order.bytes_per_s, self._stopping.wait)

@@ -1,4 +1,4 @@
-"""`Fetch`: this sidecar's rows for another one."""
+"""`Fetch`: this sidecar's rows, and the files of its programs, for another one."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ import grpc
 from sidepool.sidecar import logs
 from sidepool.sidecar.pacing import Pacer
 from sidepool.sidecar.serving import Serving
-from sidepool.sidecar.stored import Part, find_shard, read_part
+from sidepool.sidecar.stored import Part, find_shard, read_part, read_program_file
 from sidepool.wire.checksum import crc32c
 from sidepool.wire.control_pb2 import FetchChunk, FetchRequest
 from sidepool.wire.errors import ConfigError, Overloaded, PlanError
+from sidepool.wire.program import TorchFile
+from sidepool.wire.shards import ShardFile
 
 # Each holds one of the few threads of the control plane for as long as it lasts.
 MAX_STREAMS = 2
@@ -35,11 +37,17 @@ class Sender:
         published = self._serving.held(request.plan_fingerprint)
         if published is None:
             raise PlanError(f"plan_fingerprint: found {request.plan_fingerprint[:16]!r}…; allowed: one that this sidecar answers")
-        rows = (request.first_row, request.first_row + request.rows)
-        part = Part(request.table, rows, (request.first_column, request.first_column + request.columns))
-        shard = find_shard(published, part)
-        if shard.row_format == "int4" and part.columns[0] % 2:
-            raise PlanError(f"first_column: found {part.columns[0]}; allowed: an even one (int4 stores two values a byte)")
+        if request.program_file:
+            what = f"the program of table {request.table!r}"
+            whole: ShardFile | TorchFile
+            whole, blocks = read_program_file(published, request.table)
+        else:
+            rows = (request.first_row, request.first_row + request.rows)
+            part = Part(request.table, rows, (request.first_column, request.first_column + request.columns))
+            what, whole = str(part), find_shard(published, part)
+            if whole.row_format == "int4" and part.columns[0] % 2:
+                raise PlanError(f"first_column: found {part.columns[0]}; allowed: an even one (int4 stores two values a byte)")
+            blocks = read_part(published, whole, part)
         if not request.bytes_per_s >= 0:
             raise ConfigError(f"bytes_per_s: found {request.bytes_per_s}; allowed: above 0, or 0 for move_bytes_per_s")
         rate = request.bytes_per_s or self._bytes_per_s
@@ -48,11 +56,11 @@ class Sender:
         if not context.add_callback(self._free.release):  # over already
             self._free.release()
             return
-        logs.log(logging.DEBUG, "sending rows", part=str(part), peer=context.peer())
-        digest = 0
-        for row, block in read_part(published, shard, part):
+        logs.log(logging.DEBUG, "sending", part=what, peer=context.peer())
+        digest = at = 0
+        for first, block in blocks:
             self._pacer.wait(block.nbytes, rate)
-            checksum = crc32c(block)
+            checksum, at = crc32c(block), first + len(block)
             digest = crc32c(checksum.to_bytes(4, "little"), digest)
-            yield FetchChunk(first_row=row, rows=block.tobytes(), crc32c=checksum)
-        yield FetchChunk(first_row=rows[1], crc32c=digest, shard_crc32c=shard.crc32c, last=True)
+            yield FetchChunk(first_row=first, rows=block.tobytes(), crc32c=checksum)
+        yield FetchChunk(first_row=at, crc32c=digest, shard_crc32c=whole.crc32c, last=True)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from sidepool.sidecar.serving import Published
 from sidepool.wire.errors import PlanError, ShardCorrupt
 from sidepool.wire.plan import RowFormat
+from sidepool.wire.program import TorchFile
 from sidepool.wire.shard_reader import locate
 from sidepool.wire.shards import ShardFile
 from sidepool.wire.stored_rows import take_columns
@@ -72,3 +73,19 @@ def read_part(published: Published, shard: ShardFile, part: Part) -> Iterator[tu
                 yield row, take_columns(rows, shard.row_format, (columns[0], columns[1]))
     except OSError as e:
         raise ShardCorrupt(f"{path}: tensor {shard.table!r}: cannot be read: {e}") from e
+
+
+def read_program_file(published: Published, table: str) -> tuple[TorchFile, Iterator[tuple[int, NDArray[np.uint8]]]]:
+    """The file by which torch runs a table's program, block by block: `(first byte, uint8 [bytes])`.
+
+    Raises `PlanError` where nothing of that kind is held, `ShardCorrupt` where the file cannot be read.
+    """
+    found = published.plan.tables[published.plan.table_index[table]].program if table in published.files else None
+    if found is None or found.torch is None:
+        raise PlanError(f"table {table!r}: found no file of a program; allowed: a table held here whose program takes torch")
+    path = published.shards / found.torch.file
+    try:
+        content = np.fromfile(path, np.uint8)
+    except OSError as e:
+        raise ShardCorrupt(f"{path}: cannot be read: {e}") from e
+    return found.torch, ((at, content[at : at + CHUNK_BYTES]) for at in range(0, content.size, CHUNK_BYTES))

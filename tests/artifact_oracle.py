@@ -44,7 +44,9 @@ class ArtifactOracle:
                 given |= dict(zip(self.model.index.outputs, computed, strict=True))
             looked_up = {f.name: self.look_up(i, given) for i, f in enumerate(self.plan.features)}
             pooled = [looked_up[f.name] for f in self.plan.features if f.pooling is not Pooling.NONE]
-            batch = next(iter(looked_up.values())).shape[0]
+            source = self.model.features[0].source
+            fixed = isinstance(source, FixedSource)
+            batch = len(given[source.input]) if fixed else len(given[source.offsets]) - source.include_last_offset
             arguments = [torch.cat(pooled, dim=1) if pooled else torch.zeros(batch, 0)]
             arguments += [looked_up[name] for name in self.model.dense.sequences]
             arguments += [given[name] for name in self.model.dense.inputs]
@@ -68,6 +70,8 @@ class ArtifactOracle:
         weights = given[source.weights] if source.weights else None
         assert feature.weighted == (weights is not None)
         values, offsets = given[source.values].long(), given[source.offsets].long()
+        if feature.pooling is Pooling.NONE:
+            return functional.embedding(values, table)
         last = source.include_last_offset
         return functional.embedding_bag(
             values,

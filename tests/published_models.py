@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-TORCHREC = ("DLRM", "DLRM_DCN", "SimpleDeepFMNN", "weighted")
+TORCHREC = ("DLRM", "DLRM_DCN", "SimpleDeepFMNN", "weighted", "sequences")
 DEEPCTR = ("DeepFM", "WDL", "DCN", "DCNMix", "xDeepFM", "AutoInt", "FiBiNET", "NFM", "PNN", "IFM", "DIFM", "ONN", "MLR", "DIN",
            "DIEN", "DIEN, attention first", "DIEN, AGRU", "DIEN, AUGRU")  # fmt: skip
 WIDTH, DENSE = 8, 5
@@ -30,9 +30,42 @@ class Published:
     """DCNMix of deepctr-torch squeezes a batch of one away: it fails there, its partitioned form does not."""
 
 
+class Sequences(nn.Module):
+    """Rows of an `EmbeddingCollection`: attention over one history, the mean of another of its table, the gated sum of a third."""
+
+    def __init__(self, tables: nn.Module) -> None:
+        super().__init__()
+        self.tables, self.query = tables, nn.Linear(DENSE, WIDTH)
+        self.gate, self.top = nn.Linear(WIDTH, 1), nn.Linear(3 * WIDTH, 1)
+
+    def forward(self, dense_features: Tensor, sparse_features: Any) -> Tensor:
+        rows = self.tables(sparse_features)
+        history = rows["f0"].to_padded_dense(4)  # bags may be longer: cut
+        there = torch.arange(4) < rows["f0"].lengths()[:, None]
+        scores = (history @ self.query(dense_features)[:, :, None]).squeeze(2).masked_fill(~there, -1e9)
+        attended = (scores.softmax(1)[:, :, None] * history).sum(1)
+        mean = self.summed(rows["f1"], rows["f1"].values()) / rows["f1"].lengths()[:, None].clamp(min=1)
+        gated = self.summed(rows["f2"], rows["f2"].values() * self.gate(rows["f2"].values()).sigmoid())
+        score: Tensor = self.top(torch.cat([attended, mean, gated], dim=1))
+        return score
+
+    def summed(self, bags: Any, rows: Tensor) -> Tensor:
+        samples = torch.arange(bags.lengths().shape[0]).repeat_interleave(bags.lengths(), output_size=rows.shape[0])
+        return rows.new_zeros(bags.lengths().shape[0], WIDTH).index_add(0, samples, rows)
+
+
 def torchrec(name: str) -> Published:
-    """One of `TORCHREC`: three tables behind a `KeyedJaggedTensor`, one of them averaged, bags empty or long."""
+    """One of `TORCHREC`: tables behind a `KeyedJaggedTensor` of three keys, bags empty or long; all but one pool their rows."""
     pytest.importorskip("torchrec", reason="torchrec is not installed", exc_type=ImportError)
+    if name == "sequences":
+        from torchrec.modules.embedding_configs import EmbeddingConfig
+        from torchrec.modules.embedding_modules import EmbeddingCollection
+
+        shared = EmbeddingConfig(name="goods", embedding_dim=WIDTH, num_embeddings=21, feature_names=["f0", "f1"])
+        own = EmbeddingConfig(name="tags", embedding_dim=WIDTH, num_embeddings=22, feature_names=["f2"])
+        model = Sequences(EmbeddingCollection(tables=[shared, own]))
+        poolings = dict.fromkeys(("f0", "f1", "f2"), "none")
+        return Published(model.eval(), lambda batch: (torch.rand(batch, DENSE), keyed(batch)), poolings)
     from torchrec.models.deepfm import SimpleDeepFMNN
     from torchrec.models.dlrm import DLRM, DLRM_DCN
     from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType

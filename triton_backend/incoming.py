@@ -6,7 +6,9 @@ Arrays are views into memory that Triton takes back when `execute` returns.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -29,7 +31,9 @@ class Incoming:
     """Its place among the requests of the `execute`."""
     part: Part
     inputs: dict[str, NDArray[Any]]
-    """What the dense program takes besides the pooled vectors, by name, each `[samples, …]`."""
+    """What the dense program takes besides the pooled vectors, by name, each `[samples, …]` or part of a jagged feature."""
+    ids: dict[str, int]
+    """Per offsets among `inputs`: how many ids they are of."""
     samples: int
     budget_ns: int
     traceparent: str | None
@@ -54,7 +58,9 @@ class Reader:
         replaced = {name for s in self._sources for name in (s.values, s.offsets, s.weights)}
         # Per input as Triton gives it: shape after the dimension that counts samples, and dtype.
         self._expected = {t.name: (t.shape[1:], np.dtype(t.dtype)) for t in model.inputs if t.name not in replaced}
-        self._dense_inputs = model.dense.inputs
+        self._dense_inputs = {t.name: np.dtype(t.dtype) for t in model.inputs if t.name in model.dense.inputs}
+        self._dense_reads_ids = not replaced.isdisjoint(self._dense_inputs)
+        self._offsets = {s.offsets: s for s in self._sources}
         self._id_matrix = _only_id_matrix(model)
 
     def read(self, position: int, request: Any) -> Incoming:
@@ -65,15 +71,28 @@ class Reader:
         if self.jagged:
             lengths, values, weights = self._ids(given)
             samples = _samples({**arrays, LENGTHS: lengths.T})
-            part: Part
-            if self._whole:
-                part = (values, lengths.reshape(-1), weights)
-            else:
-                part = self._router.route(arrays | self._split(lengths, values, weights))
+            if self._dense_reads_ids or not self._whole:
+                arrays |= self._split(lengths, values, weights)
+            part: Part = (values, lengths.reshape(-1), weights) if self._whole else self._router.route(arrays)
         else:
             samples = _samples(arrays)
             part = (arrays[self._id_matrix], None, None) if self._id_matrix else self._router.route(arrays)
-        return Incoming(position, part, {name: arrays[name] for name in self._dense_inputs}, samples, budget_ns, traceparent)
+        inputs = {name: arrays[name].astype(dtype, copy=False) for name, dtype in self._dense_inputs.items()}
+        ids = {name: arrays[source.values].size for name, source in self._offsets.items() if name in inputs}
+        return Incoming(position, part, inputs, ids, samples, budget_ns, traceparent)
+
+    def merged(self, accepted: Sequence[Incoming]) -> dict[str, NDArray[Any]]:
+        """The dense program's inputs over several requests, offsets counted on from one to the next."""
+        return {name: self._merged(name, accepted) for name in self._dense_inputs}
+
+    def _merged(self, name: str, accepted: Sequence[Incoming]) -> NDArray[Any]:
+        parts, source = [incoming.inputs[name] for incoming in accepted], self._offsets.get(name)
+        if source is not None:
+            before = accumulate([incoming.ids[name] for incoming in accepted[:-1]], initial=0)
+            parts = [part + ids for part, ids in zip(parts, before, strict=True)]
+            if source.include_last_offset:
+                parts[:-1] = [part[:-1] for part in parts[:-1]]
+        return np.concatenate(parts)
 
     def _array(self, name: str, given: dict[str, Any]) -> NDArray[Any]:
         array = _numpy(name, given, self.jagged)
@@ -99,17 +118,20 @@ class Reader:
         return lengths, values, weights
 
     def _split(self, lengths: NDArray[np.int32], values: Ids, weights: NDArray[np.float32] | None) -> dict[str, NDArray[Any]]:
-        """The jagged features as the model's own (values, offsets) inputs, for models that mix them with other sources."""
-        ends = np.cumsum(lengths, axis=1, dtype=np.int64)
-        if lengths.size and (lengths.min() < 0 or ends[:, -1].sum() != values.size):
+        """The jagged features as the model's own (values, offsets) inputs, for models that read these elsewhere too."""
+        totals = lengths.sum(axis=1, dtype=np.int64)
+        if (lengths < 0).any() or totals.sum() != values.size:
             raise LookupRejected(
-                f"{LENGTHS}: found a sum of {int(lengths.sum())}; allowed: none negative, {values.size} in all ({VALUES})"
+                f"{LENGTHS}: found a sum of {totals.sum()}; allowed: none negative, {values.size} in all ({VALUES})"
             )
-        bounds = np.cumsum(ends[:, -1])[:-1] if lengths.size else [0] * (len(self._sources) - 1)
+        bounds = np.cumsum(totals)[:-1]
         arrays: dict[str, NDArray[Any]] = {}
-        for source, ids, bag_ends in zip(self._sources, np.split(values, bounds), ends, strict=True):
-            begins = np.concatenate([[0], bag_ends])
-            arrays |= {source.values: ids, source.offsets: begins if source.include_last_offset else begins[:-1]}
+        for source, ids, bags in zip(self._sources, np.split(values, bounds), lengths, strict=True):
+            begins = np.concatenate([[0], np.cumsum(bags, dtype=np.int64)])
+            found = {source.values: ids, source.offsets: begins if source.include_last_offset else begins[:-1]}
+            if any(name in arrays and not np.array_equal(arrays[name], array) for name, array in found.items()):
+                raise LookupRejected(f"{VALUES}: found different bags for features over the same ids; allowed: the same for each")
+            arrays |= found
         for source, part in zip(self._sources, np.split(weights, bounds) if weights is not None else [], strict=False):
             if source.weights is not None:
                 arrays[source.weights] = part

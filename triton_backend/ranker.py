@@ -218,7 +218,7 @@ class Ranker:
         from_numpy = self._torch.from_numpy
         if len(accepted) == 1:
             return {name: from_numpy(array) for name, array in accepted[0].inputs.items()}
-        return {name: from_numpy(np.concatenate([incoming.inputs[name] for incoming in accepted])) for name in accepted[0].inputs}
+        return {name: from_numpy(array) for name, array in self._reader.merged(accepted).items()}
 
 
 def _empty(spec: TensorSpec) -> NDArray[Any]:

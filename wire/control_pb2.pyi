@@ -131,7 +131,7 @@ class MigrateReply(_message.Message):
     def __init__(self) -> None: ...
 
 class FetchRequest(_message.Message):
-    __slots__ = ("plan_fingerprint", "table", "first_row", "rows", "first_column", "columns", "bytes_per_s")
+    __slots__ = ("plan_fingerprint", "table", "first_row", "rows", "first_column", "columns", "bytes_per_s", "program_file")
     PLAN_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     TABLE_FIELD_NUMBER: _ClassVar[int]
     FIRST_ROW_FIELD_NUMBER: _ClassVar[int]
@@ -139,6 +139,7 @@ class FetchRequest(_message.Message):
     FIRST_COLUMN_FIELD_NUMBER: _ClassVar[int]
     COLUMNS_FIELD_NUMBER: _ClassVar[int]
     BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    PROGRAM_FILE_FIELD_NUMBER: _ClassVar[int]
     plan_fingerprint: str
     table: str
     first_row: int
@@ -146,7 +147,8 @@ class FetchRequest(_message.Message):
     first_column: int
     columns: int
     bytes_per_s: float
-    def __init__(self, plan_fingerprint: _Optional[str] = ..., table: _Optional[str] = ..., first_row: _Optional[int] = ..., rows: _Optional[int] = ..., first_column: _Optional[int] = ..., columns: _Optional[int] = ..., bytes_per_s: _Optional[float] = ...) -> None: ...
+    program_file: bool
+    def __init__(self, plan_fingerprint: _Optional[str] = ..., table: _Optional[str] = ..., first_row: _Optional[int] = ..., rows: _Optional[int] = ..., first_column: _Optional[int] = ..., columns: _Optional[int] = ..., bytes_per_s: _Optional[float] = ..., program_file: _Optional[bool] = ...) -> None: ...
 
 class FetchChunk(_message.Message):
     __slots__ = ("first_row", "rows", "crc32c", "shard_crc32c", "last")

@@ -125,7 +125,8 @@ class SidecarServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Fetch(self, request, context):
-        """Rows of a part of a table, as they are stored, in chunks (docs/plan.md). Two streams at once; a third is refused as retryable.
+        """Rows of a part of a table, as they are stored, or the file of its program, in chunks (docs/plan.md). Two streams at once; a third
+        is refused as retryable.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -79,7 +79,7 @@ class DenseProgram(Frozen):
 
     file: str
     sequences: tuple[Name, ...] = ()
-    """Features with pooling `none`, each given as `[batch, ids per bag, dim]`."""
+    """Features with pooling `none`, each given as `[batch, ids per bag, dim]`, or `[ids, dim]` where bags are jagged."""
     inputs: tuple[TensorName, ...]
     pooled_dtype: OutputDtype = "fp32"
     """What it takes `pooled` and the sequences as, and so what lookups ask sidecars for."""

@@ -23,7 +23,7 @@ from sidepool.partition.triton_config import TritonOptions
 # The packages themselves use what newer releases of others deprecate.
 pytestmark = [pytest.mark.triton, pytest.mark.filterwarnings("ignore")]
 
-TORCHREC, DEEPCTR = ("DLRM", "DLRM_DCN"), ("DIN", "DIEN")
+TORCHREC, DEEPCTR = ("DLRM", "DLRM_DCN", "sequences"), ("DIN", "DIEN")
 
 
 def test_starred_models_score_through_sidecars_and_triton_as_by_themselves(tmp_path: Path) -> None:

@@ -135,7 +135,7 @@ def test_rows_too_large_for_half_precision_are_refused(tmp_path: Path) -> None:
 
 def test_a_model_that_mixes_samples_is_refused(tmp_path: Path) -> None:
     model = Small(lambda self, ids: self.top(self.table(ids)).softmax(0))
-    refused(tmp_path, model, IDS, "output score: the first sample alone scores differently: the model mixes the samples")
+    refused(tmp_path, model, IDS, "output score: the last sample alone scores differently: the model mixes the samples")
 
 
 def test_a_model_that_is_not_deterministic_is_refused(tmp_path: Path) -> None:
@@ -202,9 +202,9 @@ def test_arithmetic_on_jagged_ids_is_refused_with_a_remedy(tmp_path: Path) -> No
     refused(tmp_path, model, (VALUES, OFFSETS), r"(?s)found values computed by remainder.*remedy: apply the arithmetic before")
 
 
-def test_jagged_ids_that_the_dense_half_reads_are_refused(tmp_path: Path) -> None:
+def test_offsets_that_count_from_the_first_sample_are_refused(tmp_path: Path) -> None:
     model = Small(lambda self, v, o: self.top(self.table(v, o)) + o.unsqueeze(1), nn.EmbeddingBag(10, 4, mode="sum"))
-    refused(tmp_path, model, (VALUES, OFFSETS), "dense program: needs 'inputs_1', the ids of a jagged feature")
+    refused(tmp_path, model, (VALUES, OFFSETS), "the last sample alone scores differently: the model mixes the samples of a batch")
 
 
 def test_renormalised_tables_are_refused(tmp_path: Path) -> None:

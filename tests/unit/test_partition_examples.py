@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sidepool.bench.checkpoint import partition_mapped, write_checkpoint
+from sidepool.bench.checkpoint import partition_checkpoint, write_checkpoint
 from sidepool.client import Pipeline
 from sidepool.partition import PartitionReport, partition_model
 
@@ -131,7 +131,7 @@ def test_two_thousand_features(tmp_path: Path) -> None:
 def test_a_mapped_checkpoint_never_lies_in_memory_as_a_whole(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path, 800 << 20)
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
-        peak = fresh.submit(partition_mapped, checkpoint, tmp_path / "out").result()
+        peak = fresh.submit(partition_checkpoint, checkpoint, tmp_path / "out").result()
     for part in (checkpoint, tmp_path / "out"):
         shutil.rmtree(part)  # pytest keeps what tests leave
     assert peak.checkpoint > 750 << 20

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from published_models import DEEPCTR, TORCHREC, Published, deepctr, keyed, torchrec
+from torch import Tensor, nn
 
 from sidepool.client import Pipeline
 from sidepool.partition import PartitionReport, partition_model
@@ -73,21 +76,49 @@ def test_a_keyed_jagged_tensor_of_several_batch_sizes_is_refused(tmp_path: Path)
         pipeline(dense, ragged)
 
 
-def test_rows_of_a_keyed_jagged_tensor_that_are_not_pooled_are_refused(tmp_path: Path) -> None:
+class Mixed(nn.Module):
+    """Rows and pooled vectors of one key; a key's own ids and lengths; ids padded in front of a lookup; no other input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig
+        from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
+
+        rows = EmbeddingConfig(name="rows", embedding_dim=8, num_embeddings=20, feature_names=["f0"])
+        bags = EmbeddingBagConfig(name="bags", embedding_dim=8, num_embeddings=20, feature_names=["f0"])
+        self.rows, self.bags = EmbeddingCollection(tables=[rows], need_indices=True), EmbeddingBagCollection(tables=[bags])
+        self.padded = nn.Embedding(21, 8)
+
+    def forward(self, keyed: Any) -> Tensor:
+        rows = self.rows(keyed)["f0"]
+        even = rows.to_padded_dense(5) * (rows.to_padded_dense_weights(5) % 2 == 0)[:, :, None]
+        seconds = self.padded(keyed["f0"].to_padded_dense(2))[:, 1]
+        return even.sum(1) + self.bags(keyed).values() + seconds * rows.lengths()[:, None]
+
+
+def test_rows_and_pooled_vectors_of_one_key_go_together(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pytest.importorskip("torchrec", reason="torchrec is not installed", exc_type=ImportError)
-        from torchrec.modules.embedding_configs import EmbeddingConfig
-        from torchrec.modules.embedding_modules import EmbeddingCollection
+        published = Published(Mixed().eval(), lambda batch: (keyed(batch),), {})
+    report = partitioned(tmp_path, published)
+    assert {str(f.pooling) for f in report.plan.features if f.name.startswith("f0.")} == {"none", "sum"}
+    assert report.model.index is not None
 
-    class Sequences(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            table = EmbeddingConfig(name="t", embedding_dim=8, num_embeddings=20, feature_names=["f0"])
-            self.tables = EmbeddingCollection(tables=[table])
 
-        def forward(self, keyed: Any) -> Any:
-            return self.tables(keyed)["f0"].to_padded_dense(5).sum(1)
-
-    with pytest.raises(CutError, match=r"(?s)rows of a KeyedJaggedTensor that are not pooled.*remedy: give sequences as a matrix"):
-        partition_model(Sequences(), (keyed(4),), tmp_path / "out", name="m", sidecars=1)
+@pytest.mark.parametrize(
+    ("forward", "said"),
+    [
+        (lambda m, k: m.rows(k)["f0"].values(), "output score: found a row per id; allowed: the batch as its first dimension"),
+        (lambda m, k: m.rows(k)["f0"].to_padded_dense(2).sum(1) + k["f1"].lengths()[:, None], "needs the offsets of the key 'f1'"),
+        (lambda m, k: m.padded(k["f1"].values() + 1).sum(0) + m.bags(k).values(), "found values computed by add"),
+    ],
+)
+def test_what_is_left_of_jagged_ids_is_refused_by_name(tmp_path: Path, forward: Callable[[Any, Any], Tensor], said: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pytest.importorskip("torchrec", reason="torchrec is not installed", exc_type=ImportError)
+        model = Mixed()
+    model.forward = lambda keyed: forward(model, keyed)  # type: ignore[method-assign]
+    with pytest.raises(CutError, match=re.escape(said)):
+        partition_model(model, (keyed(4),), tmp_path / "out", name="m")

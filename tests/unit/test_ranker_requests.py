@@ -212,7 +212,7 @@ def mixed() -> Reader:
             jagged_source("b"),
             jagged_source("c", weights=True, last=True),
         ),
-        dense=DenseProgram(file="dense.pt2", inputs=("ids",)),
+        dense=DenseProgram(file="dense.pt2", inputs=("ids", "vb", "ob", "oc")),
         outputs=output(),
     )
     return reader(model, plan("a", "b", "c", weighted=("c",)))
@@ -236,6 +236,34 @@ def test_jagged_features_beside_fixed_ones_become_one_part() -> None:
     assert lengths.tolist() == [1, 1, 0, 2, 1, 1]
     assert weights[-2:].tolist() == [0.5, 0.25]
     assert incoming.inputs["ids"].tolist() == [7, 8]
+
+
+def test_offsets_for_the_dense_half_count_on_from_request_to_request() -> None:
+    taking, requests = mixed(), [mixed_arrays(), mixed_arrays()]
+    requests[0]["sparse.lengths"] = np.array([[[1, 0], [2, 1]]], np.int32)
+    merged = taking.merged([taking.read(i, Request(arrays)) for i, arrays in enumerate(requests)])
+    assert {name: array.tolist() for name, array in merged.items()} == {
+        "ids": [7, 8, 7, 8],
+        "vb": [1, 1, 2],
+        "ob": [0, 1, 1, 1],
+        "oc": [0, 2, 3, 4, 5],
+    }
+
+
+def test_features_over_the_same_ids_take_no_others() -> None:
+    model = ModelSpec(
+        name="m",
+        inputs=(int64("va"), int64("oa")),
+        features=(jagged_source("a"), jagged_source("a").model_copy(update={"feature": "b"})),
+        dense=DenseProgram(file="dense.pt2", inputs=("oa",)),
+        outputs=output(),
+    )
+    taking = reader(model, plan("a", "b"))
+    arrays = {"sparse.lengths": np.array([[[1, 1], [1, 1]]], np.int32), "sparse.values": np.array([[3, 4, 3, 4]])}
+    assert taking.read(0, Request(arrays)).inputs["oa"].tolist() == [0, 1]
+    arrays["sparse.lengths"][0, 1] = [2, 0]
+    with pytest.raises(LookupRejected, match=r"sparse.values: found different bags for features over the same ids"):
+        taking.read(0, Request(arrays))
 
 
 @pytest.mark.parametrize(

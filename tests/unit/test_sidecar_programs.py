@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 import torch
@@ -17,13 +21,22 @@ from sidepool.partition import PartitionReport, partition_model
 from sidepool.partition.check import check_artifact
 from sidepool.partition.inventory import Inventory
 from sidepool.partition.replan import assumed_access, replan
+from sidepool.sidecar import stored
+from sidepool.sidecar.epochs import MoveRecord
+from sidepool.sidecar.fetching import Fetcher, Order
+from sidepool.sidecar.loader import load_tables
+from sidepool.sidecar.pacing import Pacer
+from sidepool.sidecar.sending import Sender
+from sidepool.sidecar.serving import Published
+from sidepool.wire import control_pb2_grpc
 from sidepool.wire.errors import ConfigError, CutError, LookupRejected, PlanError, ShardCorrupt
-from sidepool.wire.plan import Plan, load_plan, validate_plan
+from sidepool.wire.plan import Plan, SidecarAddress, load_plan, validate_plan
 from sidepool.wire.shard_reader import build_table_set
 
 ROWS = 50
 # A link on which rows are dear: where programs can be formed, they are cheaper.
 SLOW = "10g-tcp"
+FAST = 1e12
 
 
 class Attention(nn.Module):
@@ -111,10 +124,61 @@ def test_what_does_not_become_a_program_stays_and_the_reason_is_reported(
     assert why in report.text + report.explain()
 
 
-def test_operators_that_steps_lack_run_in_torch_where_sidecars_have_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def run_by_torch(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path, PartitionReport]:
+    """A model whose program takes torch, and where it was partitioned for one sidecar."""
     torch.manual_seed(5)
+    out = tmp_path_factory.mktemp("run_by_torch") / "out"
     model = Attention(sharp=True)
-    report = partitioned(tmp_path / "out", model, sidecars=1, sidecar_torch=True)
+    return model, out, partitioned(out, model, sidecars=1, sidecar_torch=True)
+
+
+def test_a_program_of_torch_moves_to_another_sidecar_with_its_file(
+    tmp_path: Path, run_by_torch: tuple[nn.Module, Path, PartitionReport], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, out, report = run_by_torch
+    here = out / "sidecars/sidecar-0/shards"
+    (program,) = [t.program for t in report.plan.tables if t.program is not None]
+    assert program.torch is not None
+    served = Published(report.plan, load_tables(report.plan, "sidecar-0", here), here)
+    sender = Sender(SimpleNamespace(name="sidecar-0", held=lambda fingerprint: served), FAST)  # type: ignore[arg-type]
+    server = grpc.server(ThreadPoolExecutor(2))
+    port = server.add_insecure_port("127.0.0.1:0")
+    servicer = control_pb2_grpc.SidecarServicer()  # type: ignore[no-untyped-call]
+    servicer.Fetch = sender.stream  # type: ignore[method-assign]
+    control_pb2_grpc.add_SidecarServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]
+    server.start()
+    at = (SidecarAddress(name="sidecar-0", address=f"127.0.0.1:{port}"),)
+    new = rebuilt(
+        report.plan,
+        epoch=report.plan.epoch + 1,
+        sidecars=(SidecarAddress(name="other", address="127.0.0.1:1"),),
+        shards=tuple(s.model_copy(update={"sidecar": "other"}) for s in report.plan.shards),
+    )
+
+    def bring() -> Path:
+        order = Order(
+            name="other", new=new, present=rebuilt(report.plan, sidecars=at), base=tmp_path / "shards", own=None,
+            bytes_per_s=FAST, promote=False,
+        )  # fmt: skip
+        return Fetcher(order, Pacer()).run(MoveRecord(state="prepared", plan=new, replaces=report.plan.fingerprint))
+
+    try:
+        brought = bring()
+        assert (brought / program.torch.file).read_bytes() == (here / program.torch.file).read_bytes()
+        load_tables(new, "other", brought)  # checksums; torch loads the program
+        monkeypatch.setattr(stored.np, "fromfile", lambda *_: np.zeros(9, np.uint8))
+        with pytest.raises(ShardCorrupt, match=r"sidecar 'sidecar-0' .*: history\.program\.pt2: CRC-32C: found 0x"):
+            bring()
+    finally:
+        server.stop(None)
+
+
+def test_operators_that_steps_lack_run_in_torch_where_sidecars_have_it(
+    tmp_path: Path, run_by_torch: tuple[nn.Module, Path, PartitionReport], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, out, report = run_by_torch
+    shutil.copytree(out, tmp_path / "out")
     (program,) = [t.program for t in report.plan.tables if t.program is not None]
     assert program.torch is not None
     assert (program.steps, program.torch.operators) == ((), ("aten.erfinv.default",))
