@@ -167,6 +167,16 @@ def rdma_lane() -> Finding:
     return Finding("lane rdma", "absent" if found else "ok", found or "built in; libibverbs loads", todo)
 
 
+def grpc_load() -> Finding:
+    """Whether this build can put load on gRPC servers, and the library that it loads for that."""
+    try:
+        from sidepool import _native
+    except ImportError as e:
+        return Finding("gRPC load", "absent", f"the native core cannot be imported: {e}", "build it: make native")
+    found, _, todo = _native.grpc_load_unavailable().partition("; ")
+    return Finding("gRPC load", "absent" if found else "ok", found or "built in; libnghttp2 loads", todo)
+
+
 def rdma(root: Path = SYS, dev: Path = DEV, library: str = "libibverbs.so.1") -> list[Finding]:
     """Looks for verbs devices and the library that drives them; then every port."""
     devices = rdma_devices(root)
@@ -353,6 +363,7 @@ CHECKS: tuple[Callable[[], Finding | list[Finding]], ...] = (
     lane_grpc,
     rdma_lane,
     rdma,
+    grpc_load,
     torch,
     triton,
     lookahead,
