@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sidepool.bench.load.target import NOT_SENT, OK, OUTCOMES, Driver
+from sidepool.bench.load.target import NOT_SENT, OK, OUTCOMES, Driver, check_at_once
 from sidepool.wire.errors import SidepoolError
 
 # From the start of a run to its first moment: threads are there by then.
@@ -24,6 +24,7 @@ class CallTarget:
 
     def __init__(self, callers: Sequence[Callable[[int], object]], requests: int) -> None:
         """`callers[k](i)` answers request `i` of `requests`, or raises; errors are counted by their code."""
+        check_at_once("callers", len(callers))
         self._callers, self._requests = list(callers), requests
         self._statuses: dict[str, int] = {}
         self._lock = threading.Lock()

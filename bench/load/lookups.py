@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sidepool import _native
-from sidepool.bench.load.target import OUTCOMES, SPIN_US, Driver
+from sidepool.bench.load.target import OUTCOMES, SPIN_US, Driver, check_at_once
 from sidepool.client import EmbeddingClient, arguments
 from sidepool.client.arguments import Part
 from sidepool.wire.errors import ConfigError, Status
@@ -36,7 +36,8 @@ class LookupTarget:
         """
         if not parts:
             raise ConfigError("parts: found none; allowed: at least one lookup")
-        self._client, self._parts, self._callers, self._spin_us = client, list(parts), callers, spin_us
+        self._client, self._parts, self._spin_us = client, list(parts), spin_us
+        self._callers = check_at_once("callers", callers)
         self._budget_ns = arguments.deadline_ns(deadline_ms)
         self._priority = arguments.priority_level(priority)
 

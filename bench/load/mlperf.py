@@ -15,6 +15,7 @@ from typing import Any
 import tritonclient.grpc as tritonclient
 
 from sidepool.bench.traffic import CLIENT_TIMEOUT_S, Arrays, infer_inputs
+from sidepool.client.arguments import deadline_ns
 from sidepool.client.scoring import translate
 from sidepool.wire.errors import ConfigError, TransportError
 
@@ -46,7 +47,7 @@ class _Served:
         # A server that does not answer at all must not hang LoadGen, which waits for every sample.
         self._options: dict[str, float] = {"client_timeout": CLIENT_TIMEOUT_S}
         if deadline_ms is not None:
-            self._options["timeout"] = max(1, int(deadline_ms * 1000))
+            self._options["timeout"] = max(1, deadline_ns(deadline_ms) // 1000)
         self._lock = threading.Lock()
         self.failed: Counter[str] = Counter()
 

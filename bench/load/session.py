@@ -17,7 +17,7 @@ from sidepool.bench.criteo import read_rows
 from sidepool.bench.load import arrivals, sizes
 from sidepool.bench.load.calls import CallTarget
 from sidepool.bench.load.live import end_view, live_view
-from sidepool.bench.load.lookups import CALLERS, LookupTarget
+from sidepool.bench.load.lookups import LookupTarget
 from sidepool.bench.load.model_requests import Inputs, PartitionedModel, criteo_requests, generated_requests
 from sidepool.bench.load.result import PERCENTILES, LoadResult
 from sidepool.bench.load.running import run_load
@@ -108,9 +108,11 @@ class Session:
             )
         limits: dict[str, Any] = {} if args.deadline_ms is None else {"deadline_ms": args.deadline_ms}
         if args.target == "pipeline":
-            return _PipelineTarget(args.artifact, self._model, requests, args.callers or 1, limits)
+            return _PipelineTarget(args.artifact, self._model, requests, 1 if args.callers is None else args.callers, limits)
+        if args.callers is not None:
+            limits["callers"] = args.callers
         lane = "local" if args.target == "lookups" else args.lane
-        return _ClientTarget(args.artifact, self._model, requests, lane, callers=args.callers or CALLERS, **limits)
+        return _ClientTarget(args.artifact, self._model, requests, lane, limits)
 
     def _mlperf(self, console: Console, requests: list[Inputs]) -> int:
         from sidepool.bench.load.mlperf import LATENCY_MS, run_mlperf
@@ -138,7 +140,7 @@ class Session:
 class _ClientTarget(LookupTarget):
     """A `LookupTarget` with a client of its own."""
 
-    def __init__(self, artifact: Path, model: PartitionedModel, requests: list[Inputs], lane: Any, **limits: Any) -> None:
+    def __init__(self, artifact: Path, model: PartitionedModel, requests: list[Inputs], lane: Any, limits: dict[str, Any]) -> None:
         shards = artifact if lane == "local" else None
         self._own = EmbeddingClient.connect(
             model.directory / PLAN_FILE, lane=lane, shards_dir=shards, fixed_columns=model.router.fixed_columns, name="load"

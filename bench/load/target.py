@@ -7,11 +7,22 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from sidepool.wire.errors import ConfigError
+
 # What becomes of requests whose target gives no status of its own: native/load/load.hpp.
 OK, WAITING, LOST, MALFORMED, UNANSWERED, NOT_SENT = 0, -1, 100, 101, 102, 103
 OUTCOMES = {OK: "OK", LOST: "connection lost", MALFORMED: "malformed reply", UNANSWERED: "unanswered", NOT_SENT: "not sent"}
+# Threads, or connections, of one load: more would only wait for each other.
+MOST_AT_ONCE = 1024
 # A thread that waits for a time spins this long before it: about what waking from a sleep takes.
 SPIN_US = 20
+
+
+def check_at_once(name: str, count: int) -> int:
+    """`count` threads or connections, if a load can have as many; raises `ConfigError`."""
+    if not 1 <= count <= MOST_AT_ONCE:
+        raise ConfigError(f"{name}: found {count}; allowed: 1 to {MOST_AT_ONCE}")
+    return count
 
 
 class Driver(Protocol):

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from sidepool import _native
-from sidepool.bench.load.target import OUTCOMES, SPIN_US, Driver
+from sidepool.bench.load.target import OUTCOMES, SPIN_US, Driver, check_at_once
 from sidepool.bench.traffic import DATATYPES, Arrays
+from sidepool.client.arguments import deadline_ns
 from sidepool.client.lanes import is_this_host, split_address
 from sidepool.client.shared_regions import Region, SharedRegions
 from sidepool.wire.errors import CODES, ConfigError, TransportError
@@ -62,7 +63,8 @@ class GrpcTarget:
         self._host, self._port = split_address(address)
         self._address, self._path, self._deadline_ms = address, path, deadline_ms
         self._messages = list(zip(messages, deadlines_at or [-1] * len(messages), strict=True))
-        self._connections, self._memory_bytes, self._spin_us = connections, memory_bytes, spin_us
+        self._connections = check_at_once("connections", connections)
+        self._memory_bytes, self._spin_us = memory_bytes, spin_us
 
     @property
     def requests(self) -> int:
@@ -131,7 +133,7 @@ class TritonTarget(GrpcTarget):
         self._shared = shared_memory
         given = dict(parameters or {})
         if deadline_ms is not None:
-            given["timeout"] = max(1, int(deadline_ms * 1000))
+            given["timeout"] = max(1, deadline_ns(deadline_ms) // 1000)
             if is_this_host(split_address(address)[0]):
                 given[DEADLINE] = _PLACE
         encoded = [_request(model, arrays, given) for arrays in requests]

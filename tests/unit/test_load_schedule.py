@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from scipy.stats import kstest, lognorm
 
-from sidepool.bench.load import arrivals, make_schedule, sizes
+from sidepool.__main__ import main
+from sidepool.bench.load import arrivals, make_schedule, run_load, sizes
 from sidepool.bench.load.arrivals import bursty, constant, diurnal, poisson, replay
-from sidepool.wire.errors import ConfigError
+from sidepool.bench.load.calls import CallTarget
+from sidepool.wire.errors import ConfigError, Overloaded
 
 # A fixed seed: a right generator fails one time in a thousand of them, and this one always or never.
 LEAST_P = 1e-3
@@ -103,3 +105,24 @@ def test_a_schedule_asks_every_request_equally_often_and_refuses_an_empty_one() 
     assert set(np.bincount(schedule.request, minlength=7).tolist()) == {14, 15}
     with pytest.raises(ConfigError, match="arrivals"):
         make_schedule(constant(0.5, 1.0, 0), 7, 1)
+
+
+def test_options_that_make_no_load_are_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for options, named in (("", "--triton"), ("--target sidecars --rate 0", "--rate"), ("--target sidecars", "model.yaml")):
+        assert main(["load", "--artifact", str(tmp_path), *options.split()]) == 2
+        assert named in capsys.readouterr().err
+    for calls in ([], [id] * 2000):
+        with pytest.raises(ConfigError, match="callers: found"):
+            CallTarget(calls, 1)
+
+
+def test_calls_in_this_process_are_counted_by_what_they_raise() -> None:
+    def answer(request: int) -> None:
+        if request:
+            raise (Overloaded("full"), KeyError("odd"))[request - 1]
+
+    result = run_load(CallTarget([answer] * 2, 3), make_schedule(constant(300.0, 0.3, 0), 3, 0), slo_ms=1000)
+    assert result.errors == {"OVERLOADED": 30, "KeyError": 30}
+    assert result.examples == {"OVERLOADED": "full", "KeyError": "'odd'"}
+    assert (result.latency_ns.size, result.attainment) == (30, 1 / 3)
+    assert (result.sent_ns >= result.schedule.due_ns).all()
