@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 
 Arrays = dict[str, NDArray[Any]]
 
+DATATYPES = {"float32": "FP32", "int64": "INT64", "int32": "INT32", "float16": "FP16", "float64": "FP64", "bool": "BOOL"}
+"""What Triton calls NumPy's types."""
 # A server that does not answer at all must not hang a benchmark.
 CLIENT_TIMEOUT_S = 60.0
 
@@ -47,10 +49,9 @@ def jagged_request(dense: NDArray[np.float32], lengths: NDArray[np.int32], value
 
 def infer_inputs(arrays: Arrays) -> list[Any]:
     """The Triton client's form of a request's inputs."""
-    names = {"float32": "FP32", "int64": "INT64", "int32": "INT32"}
     inputs = []
     for name, array in arrays.items():
-        entry = triton.InferInput(name, list(array.shape), names[array.dtype.name])
+        entry = triton.InferInput(name, list(array.shape), DATATYPES[array.dtype.name])
         entry.set_data_from_numpy(array)
         inputs.append(entry)
     return inputs

@@ -178,6 +178,11 @@ class EmbeddingClient:
         """The plan that new lookups are under."""
         return self._connections.current.plan
 
+    @property
+    def native(self) -> _native.LookupClient:
+        """The native client under the present plan, for benchmarks; closed when the plan changes, or with this client."""
+        return self._connections.current.native
+
     def lookup(
         self,
         values: Any,

@@ -31,7 +31,7 @@ class Pipeline:
         Raises `ConfigError`, `PlanError`, `ShardCorrupt`, `TransportError`.
         """
         root = Path(artifact_dir)
-        directory = _model_directory(root)
+        directory = model_directory(root)
         plan = load_plan(directory / PLAN_FILE)
         model = load_model(directory / MODEL_FILE, plan)
         router = FeatureRouter(model, plan, directory)
@@ -77,7 +77,7 @@ class Pipeline:
         self.close()
 
 
-def _model_directory(root: Path) -> Path:
+def model_directory(root: Path) -> Path:
     """The one directory in an artifact that holds the model's description."""
     found = [root] if (root / MODEL_FILE).is_file() else sorted(path.parent for path in root.rglob(MODEL_FILE))
     if len(found) != 1:

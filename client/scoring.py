@@ -14,6 +14,7 @@ from sidepool.client.arguments import deadline_ns
 from sidepool.client.shared_regions import SharedRegions
 from sidepool.client.triton_inputs import ModelInputs, read_model_inputs
 from sidepool.wire.errors import (
+    CODES,
     ConfigError,
     DeadlineExceeded,
     LookupRejected,
@@ -26,8 +27,6 @@ from sidepool.wire.errors import (
 # Below about a megabyte an inline tensor costs less than the bookkeeping; at 8 MB gRPC takes 9 ms, shared memory 1.6 ms.
 DEFAULT_SHARED_MEMORY_BYTES = 1 << 20
 
-# The ranker begins its messages with the error's stable code in brackets; Triton may put the request id in front.
-_CODES = ("CONFIG", "PLAN", "REJECTED", "OVERLOADED", "DEADLINE", "TRANSPORT", "FRAME", "SHARD", "INTERNAL")
 _KINDS: dict[str, type[SidepoolError]] = {
     "StatusCode.INVALID_ARGUMENT": LookupRejected,
     "400": LookupRejected,
@@ -192,7 +191,8 @@ def translate(error: Exception, where: str) -> SidepoolError:
             return DeadlineExceeded(f"{where}: {error}")
         return TransportError(f"{where}: {type(error).__name__}: {error}")
     message, status = str(message_of()), str(status_of() or "")
-    for code in _CODES:
+    # The ranker begins its messages with the code in brackets; Triton may put the request id in front.
+    for code in CODES:
         if (at := message.find(f"[{code}] ")) >= 0:
             return error_with_code(code, message[at + len(code) + 3 :])
     if "xceeds maximum queue size" in message:

@@ -275,6 +275,66 @@ class LookupClient:
     def close(self) -> None:
         """Close every lane; waiting lookups return TRANSPORT. Idempotent."""
 
+class Load:
+    """One run of an open loop, from `grpc_load` or `lookup_load`."""
+
+    def run(
+        self,
+        due_ns: NDArray[np.int64],
+        request: NDArray[np.int32],
+        sent_ns: NDArray[np.int64],
+        done_ns: NDArray[np.int64],
+        status: NDArray[np.int32],
+        drain_ns: int,
+    ) -> dict[str, int]:
+        """Send request `request[i]` at `due_ns[i]` (from the start, ascending); once per object. GIL released throughout.
+
+        sent_ns, done_ns, status: written as things happen, and may be read meanwhile; an entry is final once its status is not -1.
+        Returns when all is over, at the latest `drain_ns` after the last was due: start_ns (monotonic clock), most_outstanding,
+        most_bytes, reconnects. `NativeError` TRANSPORT where nobody is there to begin with.
+        """
+    def stop(self) -> None:
+        """Any thread: `run` returns soon."""
+    def examples(self) -> dict[int, str]:
+        """The first message of each status that came with one. After `run`."""
+
+def grpc_load_unavailable() -> str:
+    """Why there is no `grpc_load` in this process, and what to do about it; empty where there is."""
+
+def grpc_load(
+    *,
+    host: str,
+    port: int,
+    path: str,
+    messages: Sequence[tuple[bytes, int]],
+    deadline_ns: int,
+    words: Sequence[str],
+    connections: int,
+    memory_bytes: int,
+    spin_us: int,
+) -> Load:
+    """Unary gRPC calls of `/package.Service/Method`, from the one thread that calls `run`. `NativeError` for a name that is none.
+
+    messages: a serialised request, and where in it each call's deadline goes, or -1: eight bytes of a protobuf integer, which
+    become the microseconds since 1970 when `deadline_ns` have passed since the call was due.
+    Statuses are gRPC's codes, plus 256 * (1 + i) where the error's message has `[words[i]] ` in it; or 100: connection lost,
+    101: malformed reply, 102: unanswered, 103: not sent, since calls outstanding took `memory_bytes`. Copies the messages.
+    """
+
+def lookup_load(
+    client: LookupClient,
+    parts: list[tuple[NDArray[np.int64] | NDArray[np.int32], NDArray[np.int32] | None, NDArray[np.float32] | None]],
+    *,
+    callers: int,
+    budget_ns: int,
+    priority: int,
+    spin_us: int,
+) -> Load:
+    """Lookups of one part each (see `LookupClient.lookup`) with fp32 results, from `callers` native threads.
+
+    budget_ns: of each, from when it was due. Statuses are `Status`, or 103: the run ended before. Keeps the parts.
+    """
+
 def reason_text(reason: int) -> str:
     """A sentence template for a verdict's reason number, with {feature}, {bag} and {value} to fill in."""
 

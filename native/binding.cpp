@@ -7,6 +7,8 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include "binding_load.hpp"
+#include "binding_part.hpp"
 #include "binding_program.hpp"
 #include "binding_rdma.hpp"
 #include "client.hpp"
@@ -26,8 +28,6 @@ namespace {
 
 template <class T>
 using Array = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-template <class T>
-using AnyArray = nb::ndarray<const T, nb::c_contig, nb::device::cpu>;
 using RowArray = nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 // Results: float32, float16, or bf16 as uint16, its bits (NumPy has no bfloat16).
 using Rows = nb::ndarray<nb::ndim<2>, nb::device::cpu>;
@@ -238,20 +238,6 @@ std::shared_ptr<LookupClient> make_client(int64_t epoch, int32_t sidecars, uint3
   return std::make_shared<LookupClient>(epoch, std::move(routes), spin_us, degrade, hedge_budget);
 }
 
-// An array as it is: a converted copy would be gone before the lookup reads it, or take the results with it.
-template <class T>
-T exact(nb::handle item, const char* wanted) {
-  T array;
-  if (!nb::try_cast<T>(item, array, false)) throw nb::type_error(wanted);
-  return array;
-}
-
-void set_values(Part& part, const void* ids, nb::dlpack::dtype type) {
-  part.values = ids;
-  part.int32_values = type == nb::dtype<int32_t>();
-  if (!part.int32_values && type != nb::dtype<int64_t>()) throw nb::type_error("ids: wants int64 or int32");
-}
-
 // The output format that an array's own type says.
 OutputFormat output_format(const Rows& rows) {
   const auto type = rows.dtype();
@@ -259,35 +245,6 @@ OutputFormat output_format(const Rows& rows) {
   if (type == nb::dtype<uint16_t>()) return OutputFormat::bf16;
   if (type.code == uint8_t(nb::dlpack::dtype_code::Float) && type.bits == 16) return OutputFormat::fp16;
   throw nb::type_error("out: wants float32, float16, or uint16 for bf16");
-}
-
-void add_part(nb::handle item, std::vector<Part>& parts) {
-  const nb::tuple t = nb::cast<nb::tuple>(item);
-  if (t.size() != 3) throw nb::type_error("a part is (values, lengths, weights)");
-  Part part;
-  if (t[1].is_none()) {
-    const auto ids = exact<nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>>(t[0], "ids: wants contiguous int64 or int32 [batch, width]");
-    set_values(part, ids.data(), ids.dtype());
-    part.fixed_batch = int64_t(ids.shape(0));
-    part.fixed_width = int64_t(ids.shape(1));
-    part.value_count = part.fixed_batch * part.fixed_width;
-  } else {
-    const auto values = exact<nb::ndarray<nb::ro, nb::ndim<1>, nb::c_contig, nb::device::cpu>>(t[0], "values: wants contiguous int64 or int32 [nnz]");
-    const auto lengths = exact<AnyArray<int32_t>>(t[1], "lengths: wants contiguous int32");
-    set_values(part, values.data(), values.dtype());
-    part.value_count = int64_t(values.shape(0));
-    // An empty array may have no address; a part is jagged because it has lengths, however few.
-    static const int32_t nothing = 0;
-    part.lengths = lengths.size() > 0 ? lengths.data() : &nothing;
-    part.length_count = int64_t(lengths.size());
-  }
-  if (!t[2].is_none()) {
-    const auto weights = exact<AnyArray<float>>(t[2], "weights: wants contiguous float32");
-    static const float nothing = 0;
-    part.weights = weights.size() > 0 ? weights.data() : &nothing;
-    part.weight_count = int64_t(weights.size());
-  }
-  parts.push_back(part);
 }
 
 void check_outputs(const LookupClient& client, const std::vector<Part>& parts, const Rows& out, const std::vector<Rows>& sequences) {
@@ -305,16 +262,7 @@ void check_outputs(const LookupClient& client, const std::vector<Part>& parts, c
     const Rows& rows = sequences[at++];
     if (rows.dtype() != out.dtype()) throw nb::type_error("sequences: wants the dtype of out");
     int64_t needed = 0;
-    for (const Part& p : parts) {
-      if (p.lengths == nullptr) {
-        needed += p.fixed_batch * routes.features[f].fixed_width;
-        continue;
-      }
-      const int64_t batch = p.length_count / features;
-      int64_t sum = 0;
-      for (int64_t b = 0; b < batch; ++b) sum += std::max<int64_t>(0, p.lengths[int64_t(f) * batch + b]);
-      needed += std::min(sum, p.value_count);
-    }
+    for (const Part& p : parts) needed += routes.sequence_rows(p, f);
     if (int64_t(rows.shape(1)) != routes.features[f].dim || int64_t(rows.shape(0)) < needed ||
         (rows.shape(0) > 1 && rows.stride(0) != routes.features[f].dim))
       throw nb::value_error("sequences: wants contiguous [values of the feature, dim]");
@@ -697,4 +645,5 @@ NB_MODULE(_native, m) {
       .def("stats", &client_stats)
       .def("close", &LookupClient::close, nb::call_guard<nb::gil_scoped_release>());
   bind_rdma(m, server_class, client_class);
+  bind_load(m);
 }

@@ -119,3 +119,5 @@ def error_with_code(code: str, message: str) -> SidepoolError:
 
 _KINDS: tuple[type[SidepoolError], ...] = (*_BY_STATUS.values(), ConfigError, CutError)
 _BY_CODE = {kind.code: kind for kind in _KINDS}
+CODES = tuple(_BY_CODE)
+"""Every stable code."""

@@ -36,6 +36,14 @@ void Routes::add_leg(int32_t column, int32_t columns, int64_t row_begin, uint16_
   bands.back().end = int32_t(legs.size());
 }
 
+int64_t Routes::sequence_rows(const Part& part, size_t feature) const {
+  if (part.lengths == nullptr) return part.fixed_batch * features[feature].fixed_width;
+  const int64_t batch = part.length_count / int64_t(features.size());
+  int64_t sum = 0;
+  for (int64_t b = 0; b < batch; ++b) sum += std::max<int64_t>(0, part.lengths[int64_t(feature) * batch + b]);
+  return std::min(sum, part.value_count);
+}
+
 void Routes::add_whole(const RoutedFeature& feature, int32_t sidecar) {
   sidecars = std::max(sidecars, sidecar + 1);
   add_feature(feature);

@@ -3,7 +3,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "tables.hpp"
+#include "part.hpp"
 
 namespace sidepool {
 
@@ -59,6 +59,8 @@ struct Routes {
   void add_feature(RoutedFeature feature);
   // Appends a shard of the last feature, in the order of columns, then rows; `sort` where the rows of its table are cut.
   void add_leg(int32_t column, int32_t columns, int64_t row_begin, uint16_t shard, const std::vector<int32_t>& holders, bool sort);
+  // Rows of an unpooled feature that a part asks for.
+  int64_t sequence_rows(const Part& part, size_t feature) const;
   // A feature whose table lies whole on one sidecar.
   void add_whole(const RoutedFeature& feature, int32_t sidecar);
 };

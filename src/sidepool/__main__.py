@@ -19,6 +19,7 @@ COMMANDS = {
     "sidecar": ("sidepool.sidecar.command", "serve shards on a CPU node"),
     "etcd": ("sidepool.partition.etcd_command", "put a deployment's plan into etcd; show it, and the sidecars that are there"),
     "probe": ("sidepool.probe", "whether a model in Triton answers: one tiny inference, for Kubernetes"),
+    "load": ("sidepool.bench.load_command", "an open-loop load on Triton, on sidecars or in this process; MLPerf LoadGen"),
     "demo": ("sidepool.bench.demo_command", "the whole way on this machine: partition, serve, compare scores, measure"),
     "doctor": ("sidepool.doctor", "what this machine offers, and what to do about the rest"),
     "bench": ("sidepool.bench.command", "side-by-side benchmarks"),

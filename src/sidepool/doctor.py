@@ -159,12 +159,22 @@ def lane_grpc() -> Finding:
 
 def rdma_lane() -> Finding:
     """Whether this build has the rdma lane, and the library that it loads when it is used."""
+    return _optional_part("lane rdma", "libibverbs", "rdma_unavailable")
+
+
+def grpc_load() -> Finding:
+    """Whether this build can put load on gRPC servers, and the library that it loads for that."""
+    return _optional_part("gRPC load", "libnghttp2", "grpc_load_unavailable")
+
+
+def _optional_part(name: str, library: str, ask: str) -> Finding:
+    """A part of the native core that a build, or a machine without its library, may lack; `ask` says why."""
     try:
         from sidepool import _native
     except ImportError as e:
-        return Finding("lane rdma", "absent", f"the native core cannot be imported: {e}", "build it: make native")
-    found, _, todo = _native.rdma_unavailable().partition("; ")
-    return Finding("lane rdma", "absent" if found else "ok", found or "built in; libibverbs loads", todo)
+        return Finding(name, "absent", f"the native core cannot be imported: {e}", "build it: make native")
+    found, _, todo = getattr(_native, ask)().partition("; ")
+    return Finding(name, "absent" if found else "ok", found or f"built in; {library} loads", todo)
 
 
 def rdma(root: Path = SYS, dev: Path = DEV, library: str = "libibverbs.so.1") -> list[Finding]:
@@ -353,6 +363,7 @@ CHECKS: tuple[Callable[[], Finding | list[Finding]], ...] = (
     lane_grpc,
     rdma_lane,
     rdma,
+    grpc_load,
     torch,
     triton,
     lookahead,

@@ -12,7 +12,7 @@ from sidepool import doctor
 from sidepool.__main__ import main
 
 LANES = {"lane shm", "lane tcp", "lane grpc", "lane rdma"}
-EVERYTHING = LANES | {"SIMD", "huge pages", "hugetlbfs", "memlock", "RDMA", "torch", "Triton"}
+EVERYTHING = LANES | {"SIMD", "huge pages", "hugetlbfs", "memlock", "RDMA", "gRPC load", "torch", "Triton"}
 EVERYTHING |= {"lookahead", "cores", "NUMA", "/dev/shm"}
 
 

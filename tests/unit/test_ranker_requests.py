@@ -11,13 +11,24 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from sidepool.bench.load.model_requests import PartitionedModel, generated_requests
 from sidepool.client.index_program import FeatureRouter
 from sidepool.triton_backend.incoming import Reader
 from sidepool.triton_backend.settings import read_settings
 from sidepool.triton_backend.stages import StageTimes
 from sidepool.wire.errors import ConfigError, DeadlineExceeded, LookupRejected
-from sidepool.wire.model import DenseProgram, FeatureSource, FixedSource, JaggedSource, ModelSpec, TensorSpec
-from sidepool.wire.plan import Feature, Plan, Shard, SidecarAddress, Table
+from sidepool.wire.model import (
+    MODEL_FILE,
+    PLAN_FILE,
+    DenseProgram,
+    FeatureSource,
+    FixedSource,
+    JaggedSource,
+    ModelSpec,
+    TensorSpec,
+    save_model,
+)
+from sidepool.wire.plan import Feature, Plan, Shard, SidecarAddress, Table, save_plan
 
 TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
@@ -361,3 +372,34 @@ def test_stage_times_are_handed_out_once() -> None:
     assert taken["sidecar_bytes", "c", "response"] == 11_000
     assert taken["errors", "REJECTED", ""] == 1
     assert times.take() == {}
+
+
+@pytest.mark.parametrize("jagged", [False, True])
+def test_the_ranker_reads_generated_load_as_the_lookups_that_it_means(tmp_path: Path, jagged: bool) -> None:
+    column = FeatureSource(feature="c", source=FixedSource(input="c", begin=0, end=1))
+    dense = TensorSpec(name="dense", dtype="float32", shape=(-1, 3))
+    inputs = [TensorSpec(name="ids", dtype="int64", shape=(-1, 2))]
+    sources = [FeatureSource(feature=f, source=FixedSource(input="ids", begin=i, end=i + 1)) for i, f in enumerate("ab")]
+    if jagged:
+        inputs = [int64(name) for name in ("va", "oa", "vb", "ob")] + [TensorSpec(name="wa", dtype="float32", shape=(-1,))]
+        sources = [jagged_source("a", weights=True), jagged_source("b", last=True)]
+    model = ModelSpec(
+        name="m",
+        inputs=(dense, *inputs, int64("c")),
+        features=(*sources, column),
+        dense=DenseProgram(file="dense.pt2", inputs=("dense",)),
+        outputs=output(),
+    )
+    its_plan = plan("a", "b", "c", weighted=("a",) if jagged else ())
+    save_plan(its_plan, tmp_path / PLAN_FILE)
+    save_model(model, tmp_path / MODEL_FILE)
+    made = PartitionedModel(tmp_path)
+    requests = generated_requests(made, np.array([5, 1, 7]), ids="uniform", ids_per_bag=3)
+    for given, samples in zip(requests, (5, 1, 7), strict=True):
+        incoming = reader(model, its_plan).read(0, Request(made.triton(given)))
+        assert incoming.samples == samples
+        for read, meant in zip(incoming.part, made.part(given), strict=True):
+            np.testing.assert_array_equal(read, meant)
+        assert 0 <= incoming.part[0].min() <= incoming.part[0].max() < 10
+        np.testing.assert_array_equal(incoming.inputs["dense"], given["dense"])
+    assert len({given["dense"].tobytes() for given in requests}) == 3
