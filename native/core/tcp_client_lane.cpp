@@ -60,6 +60,7 @@ class TcpClientLane final : public ClientLane {
   }
 
   const char* kind() const override { return "tcp"; }
+  bool windowed() const override { return true; }
   int fd() const override { return socket_.get(); }
   std::byte* request(uint32_t slot) override { return memory_.data() + slot * limits_.request_bytes; }
   std::byte* response(uint32_t slot) override {

@@ -350,7 +350,7 @@ void steady_state_allocates_nothing(const std::string& kind) {
 void cut_tables_allocate_nothing_either(const std::string& kind) {
   Cluster cluster(2, 2);
   cluster.publish_halves(true);
-  LookupClient client(5, halves(true), 5, false, 0.05);
+  LookupClient client(5, halves(true), 5, false, {.hedge_budget = 0.05});
   for (int s : {0, 1}) client.attach(s, cluster.connect(s, kind, 4, 1 << 18, 2 << 20));
   Looker looker(1);
   const auto look = [&](int64_t batch) { return looker.look(client, batch).status == Status::ok && looker.right(batch); };
@@ -369,7 +369,7 @@ void cut_tables_allocate_nothing_either(const std::string& kind) {
 void replicas_take_over_from_lost_lanes(const std::string& kind) {
   Cluster cluster(2);
   cluster.publish_halves(true);
-  LookupClient client(5, halves(true), 5, false, 0.05);
+  LookupClient client(5, halves(true), 5, false, {.hedge_budget = 0.05});
   cluster.attach(client, kind);
   std::atomic<bool> stop{false};
   std::atomic<int64_t> bad{0};
