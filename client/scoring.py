@@ -95,7 +95,8 @@ class ScoreClient:
         """The model's outputs by name, one row per sample. `inputs`: see `ModelInputs.encode`.
 
         deadline_ms: budget, also told to the ranker; what Triton's queue takes of it counts where Triton runs on this host, whose
-        clock both read. priority: higher goes first where lookups wait at a sidecar or for the network. traceparent: W3C trace context, passed on to Triton and the ranker.
+        clock both read. priority: the higher goes first where lookups wait, at a sidecar or for the network.
+        traceparent: W3C trace context, passed on to Triton and the ranker.
         Raises `LookupRejected` (before sending, where the fault shows here), `Overloaded`, `DeadlineExceeded`,
         `TransportError`, and whatever else the ranker names by its code.
         """

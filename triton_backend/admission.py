@@ -33,15 +33,14 @@ class Admission:
         kept, refused = self._within_bound(requests)
         size = sum(incoming.samples for incoming in kept).bit_length()
         usual_ns = self._usual_ns[size] if self._seen[size] >= _WARM else 0.0
-        in_time = [incoming for incoming in kept if incoming.budget_ns >= usual_ns]
-        if len(in_time) < len(kept):
-            self._usual_ns[size] = usual_ns * (1 - _DOUBT)
-            refused += [
-                (incoming, DeadlineExceeded(f"{incoming.budget_ns / 1e6:g} ms were left; such a batch takes {usual_ns / 1e6:.1f} ms"))
-                for incoming in kept
-                if incoming.budget_ns < usual_ns
-            ]
-        return in_time, refused
+        late = [incoming for incoming in kept if incoming.budget_ns < usual_ns]
+        if not late:
+            return kept, refused
+        self._usual_ns[size] = usual_ns * (1 - _DOUBT)
+        for incoming in late:
+            left_ms = incoming.budget_ns / 1e6
+            refused.append((incoming, DeadlineExceeded(f"{left_ms:g} ms were left; such a batch takes {usual_ns / 1e6:.1f} ms")))
+        return [incoming for incoming in kept if incoming.budget_ns >= usual_ns], refused
 
     def learn(self, samples: int, elapsed_ns: int) -> None:
         """A batch of so many samples was scored in that time."""
@@ -53,9 +52,9 @@ class Admission:
         elif self._seen[size] > _WARM:
             self._usual_ns[size] = usual_ns + (min(elapsed_ns, _MOST * usual_ns) - usual_ns) * _SLOWER
 
-    def _within_bound(self, requests: Sequence[Incoming]) -> tuple[Sequence[Incoming], Refused]:
+    def _within_bound(self, requests: Sequence[Incoming]) -> tuple[list[Incoming], Refused]:
         if self._max_ids == 0 or sum(incoming.part[0].size for incoming in requests) <= self._max_ids:
-            return requests, []
+            return list(requests), []
         ids = 0
         beyond: dict[int, Incoming] = {}
         for incoming in sorted(requests, key=lambda r: (-r.priority, r.budget_ns)):

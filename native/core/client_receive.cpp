@@ -49,6 +49,7 @@ void LookupClient::receive(Scratch& scratch, InFlight& chunk, const LookupCall& 
       const uint64_t now = now_ns();
       if (now >= deadline) {
         sub.status = Status::deadline;
+        if (sub.lane->newly_marked()) window_.marked(now - sub.sent_ns, now);
         settle(chunk, sub, false);
         failed(scratch, chunk, turn, call, deadline, result);
         break;
@@ -122,7 +123,7 @@ void LookupClient::learn(const Subrequest& sub, const ResponseHeader& header, ui
   const uint64_t bytes = sub.response_bytes(), took = seen - sub.sent_ns, there = header.finished_ns - header.received_ns;
   if (header.status == 0) times_.answered(sub.sidecar, bytes, took);
   if (sub.window_bytes == 0 || there > took) return;
-  if (sub.lane->newly_marked(header.marks)) window_.marked(took - there, seen);
+  if (sub.lane->newly_marked()) window_.marked(took - there, seen);
   // One that may have lain here unread says nothing.
   if (header.status != 0 || (seen - turned < kWaitedNs && turned - sub.sent_ns > kWaitedNs)) return;
   const uint64_t least = times_.least_delay_ns(sub.sidecar, bytes, took - there, seen);

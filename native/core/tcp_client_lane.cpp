@@ -274,6 +274,7 @@ class TcpClientLane final : public ClientLane {
     if (window_.due()) give_grant();
     const uint32_t done = incoming_.first + incoming_.count;
     if (incoming_.flags & kLastPiece) {
+      marks_.store(incoming_.marks, std::memory_order_relaxed);
       std::memcpy(response(incoming_.slot), &incoming_, sizeof incoming_);
       mark_done(incoming_.slot, done);
     } else {
