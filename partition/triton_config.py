@@ -74,7 +74,7 @@ def config_text(model: ModelSpec, options: TritonOptions, *, degraded: bool = Fa
         f"max_batch_size: {max_batch}  # {batch} that are merged at most",
         _tensors("input", [_tensor(t, jagged=model.jagged, more=" allow_ragged_batch: true" * model.jagged) for t in tensors]),
         _tensors("output", outputs),
-        "# A delay of 0: merge what is queued already, never wait for more. A request that has spent its timeout in the queue is refused.",
+        "# A delay of 0: merge what is queued already, never wait for more. What spends its timeout in the queue is refused.",
         "dynamic_batching {",
         f"  max_queue_delay_microseconds: {options.max_queue_delay_us}",
         f"  default_queue_policy {{ timeout_action: REJECT allow_timeout_override: true max_queue_size: {options.max_queue} }}",

@@ -49,7 +49,7 @@ void LookupClient::receive(Scratch& scratch, InFlight& chunk, const LookupCall& 
       const uint64_t now = now_ns();
       if (now >= deadline) {
         sub.status = Status::deadline;
-        if (sub.lane->newly_marked()) window_.marked(now - sub.sent_ns, now);
+        if (sub.window_bytes != 0 && sub.lane->newly_marked()) window_.marked(now - sub.sent_ns, now);
         settle(chunk, sub, false);
         failed(scratch, chunk, turn, call, deadline, result);
         break;

@@ -133,7 +133,9 @@ def test_jagged_inputs_let_the_batch_dimension_mean_request(jagged: PartitionRep
 
 
 def test_options_reach_the_configuration(jagged: PartitionReport) -> None:
-    options = TritonOptions(max_batch=7, max_queue_delay_us=50, max_queue=9, instance_kind="gpu", instances=2, lane="tcp", deadline_ms=30)
+    options = TritonOptions(
+        max_batch=7, max_queue_delay_us=50, max_queue=9, instance_kind="gpu", instances=2, lane="tcp", deadline_ms=30
+    )
     text = config_text(jagged.model, options)
     for expected in (
         "max_batch_size: 7",
