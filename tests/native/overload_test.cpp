@@ -1,9 +1,10 @@
 // More than can be done in time: what engines answer first, what they and rankers refuse, and that everything is answered once.
+#include <poll.h>
 #include <sys/socket.h>
 
 #include <algorithm>
 #include <atomic>
-#include <bit>
+#include <cerrno>
 #include <thread>
 
 #include "check.hpp"
@@ -42,6 +43,7 @@ std::vector<std::byte> frame_for(uint32_t slot, uint32_t batch, uint64_t budget_
 // A ranker's end of a tcp lane, bare.
 struct BareLane {
   Fd socket;
+  bool ended = false;
   BareLane(Cluster& cluster, uint64_t response_bytes) {
     const std::string token = fresh_token();
     cluster.servers[0]->expect(token, "tcp", {4, 1 << 16, response_bytes}, 5);
@@ -57,10 +59,20 @@ struct BareLane {
   // The next piece; its payload is read and dropped.
   ResponseHeader next() {
     ResponseHeader header;
-    CHECK(recv(socket.get(), &header, sizeof header, MSG_WAITALL) == ssize_t(sizeof header));
-    std::vector<std::byte> payload(header.frame_bytes - sizeof header);
-    CHECK(payload.empty() || recv(socket.get(), payload.data(), payload.size(), MSG_WAITALL) == ssize_t(payload.size()));
+    read_exactly(&header, sizeof header);
+    std::vector<std::byte> payload(std::max(header.frame_bytes, sizeof header) - sizeof header);
+    read_exactly(payload.data(), payload.size());
     return header;
+  }
+  void read_exactly(void* to, size_t bytes) {
+    const uint64_t until = now_ns() + 20 * kSecond;
+    for (size_t got = 0; got < bytes;) {
+      const ssize_t n = recv(socket.get(), static_cast<std::byte*>(to) + got, bytes - got, MSG_DONTWAIT);
+      if (n > 0) got += size_t(n);
+      ended |= n == 0 || (n < 0 && (errno != EAGAIN || !wait_ready(socket.get(), POLLIN, until)));
+      if (ended) break;
+    }
+    CHECK(!ended);
   }
 };
 
@@ -117,7 +129,7 @@ void late_answers_stay_at_the_sidecar() {
   int last = 0, late = 0;
   uint64_t bytes = 0;
   bool whole = true;
-  while (last < 4) {
+  while (last < 4 && !lane.ended) {
     const ResponseHeader header = lane.next();
     bytes += header.frame_bytes - sizeof header;
     if ((header.flags & kLastPiece) == 0) continue;
