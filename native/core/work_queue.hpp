@@ -57,13 +57,13 @@ class WorkQueue {
   // Whether `work`, come now, would end too late even if nothing more urgent came after it. What goes before it is summed up
   // only where the whole queue would make it late, and only until that is sure.
   bool hopeless(const Work& work, uint64_t now_ns) const {
-    if (now_ns + work.cost_ns > work.deadline_ns) return true;
+    if (now_ns + work.cost_ns >= work.deadline_ns) return true;
     const uint64_t slack_ns = work.deadline_ns - now_ns - work.cost_ns;
-    if (cost_ns_ <= slack_ns) return false;
+    if (cost_ns_ < slack_ns) return false;
     uint64_t ahead_ns = 0;
-    for (size_t i = 0; i < works_.size() && ahead_ns <= slack_ns; ++i)
+    for (size_t i = 0; i < works_.size() && ahead_ns < slack_ns; ++i)
       if (order_ == Order::fcfs || !more_urgent(work, works_[i])) ahead_ns += works_[i].cost_ns;
-    return ahead_ns > slack_ns;
+    return ahead_ns >= slack_ns;
   }
 
   // Takes out what belongs to `owner`.
