@@ -134,8 +134,8 @@ def _served(work_dir: Path, machines: Sequence[Machine]) -> Iterator[list[Plan]]
         plans, configs = [], []
         for way in WAYS:
             plans.append(make_plan(SIDECARS, ROWS, DIM, SIDECARS, [f"{each.address}:{way.port}" for each in machines]))
-            settings = {"order": way.order, "promote": False}
-            configs += write_sidecars(plans[-1], directory / way.order, lambda table: rows, settings)
+            (place := directory / way.order).mkdir()
+            configs += write_sidecars(plans[-1], place, lambda table: rows, {"order": way.order, "promote": False})
         with running_sidecars(configs, work_dir=directory, machines=[*machines, *machines]):
             yield plans
     finally:
