@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import time
-from typing import Any
-
 import numpy as np
-import pytest
-from test_ranker_requests import fixed_reader, fixed_request
 
 from sidepool.triton_backend.admission import Admission
 from sidepool.triton_backend.incoming import Incoming
-from sidepool.wire.errors import DeadlineExceeded, LookupRejected, Overloaded
+from sidepool.wire.errors import DeadlineExceeded, Overloaded
 
 MS = 1_000_000
 
@@ -64,26 +59,3 @@ def test_an_estimate_that_refuses_everything_is_given_up() -> None:
         admission.learn(2, 10 * MS)
     admission.learn(2, 10_000 * MS)  # a stall
     assert positions(admission.sort([waiting(0, budget_ms=50)])[0]) == [0]
-
-
-def test_a_moment_counts_where_it_comes_before_the_budget_ends() -> None:
-    def budget_ms(moment_ms: float, **more: Any) -> float:
-        moment_us = int(time.time() * 1e6 + moment_ms * 1e3)
-        return fixed_reader().read(0, fixed_request(given={"deadline_unix_us": moment_us, **more})).budget_ns / MS
-
-    assert 50_000 < budget_ms(60_000, deadline_ms=3_600_000) <= 60_000
-    assert budget_ms(60_000, deadline_ms=7) == 7
-    assert budget_ms(60_000) == 250  # the default
-    with pytest.raises(DeadlineExceeded, match="deadline_unix_us: passed"):
-        budget_ms(-1)
-    with pytest.raises(LookupRejected, match="deadline_unix_us: found 'noon'"):
-        fixed_reader().read(0, fixed_request(given={"deadline_unix_us": "noon"}))
-
-
-def test_a_priority_is_a_whole_number_that_a_frame_holds() -> None:
-    for right in (-3, 0, 2**31 - 1):
-        assert fixed_reader().read(0, fixed_request(given={"lookup_priority": right})).priority == right
-    assert fixed_reader().read(0, fixed_request()).priority == 0
-    for wrong in ("high", 1.5, 2**31, None):
-        with pytest.raises(LookupRejected, match=f"lookup_priority: found {wrong!r}; allowed"):
-            fixed_reader().read(0, fixed_request(given={"lookup_priority": wrong}))
