@@ -44,7 +44,7 @@ SIDECARS = 6
 ROWS, DIM, BATCH = 2000, 64, 64
 # Slow enough that two cores are never the bottleneck; the queue is less than one lookup's answers.
 CABLE = Link(gbps=0.2, queue_bytes=64 << 10)
-# What data centres run unless told otherwise; namespaces would take over whatever this machine has.
+# Linux's own; namespaces would take over whatever this machine runs.
 CONGESTION_CONTROL = "cubic"
 # Ten times an idle lookup.
 LIMIT_MS = 50.0
@@ -143,7 +143,9 @@ def _served(work_dir: Path, machines: Sequence[Machine]) -> Iterator[list[Plan]]
 
 
 def _set_congestion_control(each: Machine) -> None:
-    words = ["sysctl", "-q", "-w", f"net.ipv4.tcp_congestion_control={CONGESTION_CONTROL}"]
+    """By its route: the system's setting may not be changed everywhere, and nothing outside is to change."""
+    network = f"{each.address.rpartition('.')[0]}.0/24"
+    words = ["ip", "route", "replace", network, "dev", "eth0", "src", each.address, "scope", "link", "congctl", CONGESTION_CONTROL]
     done = subprocess.run(each.command(words), capture_output=True, text=True)
     if done.returncode != 0:
         raise CannotShape(f"{' '.join(words)}: {done.stderr.strip()}")
