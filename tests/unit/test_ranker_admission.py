@@ -12,7 +12,7 @@ MS = 1_000_000
 
 
 def waiting(position: int, *, ids: int = 4, budget_ms: float = 1000, priority: int = 0, samples: int = 2) -> Incoming:
-    return Incoming(position, (np.zeros((1, ids), np.int64), None, None), {}, samples, int(budget_ms * MS), priority, None)
+    return Incoming(position, (np.zeros((1, ids), np.int64), None, None), {}, {}, samples, int(budget_ms * MS), priority, None)
 
 
 def positions(kept: list[Incoming]) -> list[int]:
