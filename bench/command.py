@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 BENCHES = {
     "lane": ("sidepool.bench.lane", "what a lane adds to pooling, beside grpcio and bare ping-pongs of the same bytes"),
     "rdma": ("sidepool.bench.rdma", "the rdma lane beside a bare C exchange of the same bytes; engines; credits under load"),
+    "incast": ("sidepool.bench.incast", "many sidecars answering one ranker at once: receive window and deadlines against neither"),
     "plan": ("sidepool.bench.plan", "network bytes of pooling at sidecars and ranker, expected latency of strategies, failover"),
     "soak": ("sidepool.bench.soak", "many clients at full load for minutes: values verified, memory and descriptors watched"),
     "start": ("sidepool.bench.start", "how soon a sidecar over page-cached shards is ready, and what memory it takes"),

@@ -57,6 +57,8 @@ class Connection:
             padding=[-1 if f.padding_index is None else f.padding_index for f in plan.features],
             ranker_pooling=options.pooling == "ranker",
             hedge_budget=options.hedge_budget,
+            window_delay_us=options.window_delay_us,
+            max_ids=options.max_ids,
         )
         if fixed_columns is not None:
             begins, ends = np.array(self.columns, np.int32).T

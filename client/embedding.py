@@ -18,7 +18,7 @@ from sidepool import _native
 from sidepool.client import arguments
 from sidepool.client.arguments import Part
 from sidepool.client.connection import Connection, Connections
-from sidepool.client.lanes import Lane, LaneOptions, PoolingPlace, TlsFiles
+from sidepool.client.lanes import DEFAULT_MAX_IDS, DEFAULT_WINDOW_DELAY_US, Lane, LaneOptions, PoolingPlace, TlsFiles
 from sidepool.client.timings import Timings, read_timings
 from sidepool.client.trace import parse_traceparent
 from sidepool.wire.errors import SidepoolError, Status, error_for
@@ -112,6 +112,8 @@ class EmbeddingClient:
         rdma_engines: int = 1,
         pooling: PoolingPlace = "sidecar",
         hedge_budget: float = 0.0,
+        window_delay_us: int = DEFAULT_WINDOW_DELAY_US,
+        max_ids: int = DEFAULT_MAX_IDS,
         address_of: Callable[[str], str | None] | None = None,
     ) -> Self:
         """Connect to every sidecar of `plan` (or map its shards, with `lane="local"`).
@@ -130,6 +132,9 @@ class EmbeddingClient:
         pooling: `sidecar`: each sidecar pools the rows it holds; `ranker`: rows travel and are pooled here (for comparison).
         hedge_budget: share of subrequests that may be sent to a second replica once the first takes longer than its 95th
           percentile; 0: only when it has failed, or taken half of the budget.
+        window_delay_us: tcp and rdma lanes: how much longer than twice its least an answer may be on the network before fewer
+          bytes are asked for at once, from all sidecars together (docs/deadlines.md); 0: no such window.
+        max_ids: ids of all lookups under way; a lookup beyond them is refused with `Overloaded`, unless it is alone. 0: no bound.
         address_of: where a sidecar is now, by name (`EtcdMembers.address`); None from it, or None: where the plan has it.
 
         Raises `TransportError` (a sidecar is down, named), `PlanError` (it serves another plan), `ShardCorrupt`, `ConfigError`.
@@ -155,6 +160,8 @@ class EmbeddingClient:
             rdma_engines=rdma_engines,
             pooling=pooling,
             hedge_budget=hedge_budget,
+            window_delay_us=window_delay_us,
+            max_ids=max_ids,
             address_of=address_of,
         )
         return cls(plan, options, spin_us=spin_us, fixed_columns=fixed_columns, source=None if lane == "local" else source)
@@ -203,7 +210,8 @@ class EmbeddingClient:
         out: `[batch, Σ dim]` with contiguous rows to write into (pinned memory, say); default: a new array.
         output_dtype: `fp32`, `fp16` or `bf16`; default: what `out` is (float32, float16, or uint16: bfloat16's bits), else
           fp32. The results travel as they are asked for, so the 16-bit ones take half the bytes.
-        deadline_ms: budget; what cannot be done within it fails with `DeadlineExceeded`. priority: breaks ties between deadlines.
+        deadline_ms: budget; what cannot be done within it fails with `DeadlineExceeded`, as soon as that is known. priority: the
+          higher goes first wherever lookups wait; among equals the earlier deadline.
         traceparent: W3C trace context passed on to the sidecars; a malformed one is ignored.
 
         Raises `LookupRejected`, `Overloaded`, `DeadlineExceeded`, `TransportError`.
@@ -388,6 +396,8 @@ def _verdict_error(connection: Connection, verdict: list[int]) -> SidepoolError 
 
 
 def _fault_text(connection: Connection, status: int, peer: int) -> str:
+    if status == Status.OVERLOADED and peer < 0:
+        return "lookup: as many ids are being looked up as this client admits (max_ids)"
     what = _FAULTS.get(Status(status), "the lookup failed there") if status in Status.__members__.values() else "unknown status"
     where = connection.peers[peer] if 0 <= peer < len(connection.peers) else "lookup"
     return f"{where}: {what}"

@@ -42,6 +42,13 @@ RETRY_TIMEOUT_S = 0.5
 WATCH_S = 1.0
 # Connecting is one round trip; more threads than this gain nothing even for hundreds of sidecars.
 CONNECT_THREADS = 16
+# A fifth of the tightest limit that published models have (5 ms, NCF), and above what waking a thread on a busy machine takes.
+DEFAULT_WINDOW_DELAY_US = 1000
+# Beyond a second no lookup is worth its answer.
+MAX_WINDOW_DELAY_US = 1_000_000
+# 128 MiB of ids: four times what the slots of a lane hold by default. More could only wait for a slot.
+DEFAULT_MAX_IDS = 1 << 24
+MAX_MAX_IDS = 1 << 40
 # As many as a sidecar may have.
 MAX_RDMA_ENGINES = 256
 # What a sidecar takes as a client's name.
@@ -83,6 +90,8 @@ class LaneOptions:
     rdma_engines: int = 1
     pooling: PoolingPlace = "sidecar"
     hedge_budget: float = 0.0
+    window_delay_us: int = DEFAULT_WINDOW_DELAY_US
+    max_ids: int = DEFAULT_MAX_IDS
     address_of: Callable[[str], str | None] | None = None
     """Where a sidecar is now, by its name; None, or a None from it: where the plan has it. Any thread calls it."""
 
@@ -99,6 +108,10 @@ class LaneOptions:
             raise ConfigError(f"pooling: found {self.pooling!r}; allowed: {', '.join(get_args(PoolingPlace))}")
         if not 0 <= self.hedge_budget <= 1:
             raise ConfigError(f"hedge_budget: found {self.hedge_budget}; allowed: 0 to 1")
+        if not 0 <= self.window_delay_us <= MAX_WINDOW_DELAY_US:
+            raise ConfigError(f"window_delay_us: found {self.window_delay_us}; allowed: 0 (off) to {MAX_WINDOW_DELAY_US}")
+        if not 0 <= self.max_ids <= MAX_MAX_IDS:
+            raise ConfigError(f"max_ids: found {self.max_ids}; allowed: 0 (no bound) to {MAX_MAX_IDS}")
         if not self.connect_timeout_s > 0:
             raise ConfigError(f"connect_timeout_s: found {self.connect_timeout_s}; allowed: above 0")
         if not 1 <= self.rdma_engines <= MAX_RDMA_ENGINES:

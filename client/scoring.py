@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -10,7 +11,8 @@ from typing import Any, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from sidepool.client.arguments import deadline_ns
+from sidepool.client.arguments import deadline_ns, priority_level
+from sidepool.client.lanes import is_this_host
 from sidepool.client.shared_regions import SharedRegions
 from sidepool.client.triton_inputs import ModelInputs, read_model_inputs
 from sidepool.wire.errors import (
@@ -72,6 +74,7 @@ class ScoreClient:
         self._url = url
         self._model = model
         self._grpc = protocol == "grpc"
+        self._same_host = is_this_host(url.rpartition(":")[0].removeprefix("[").removesuffix("]"))
         self._threshold = shared_memory_bytes_threshold
         self._clients: list[Any] = []
         self._of_thread = threading.local()
@@ -84,25 +87,36 @@ class ScoreClient:
         inputs: Mapping[str, Any],
         *,
         deadline_ms: float | None = None,
+        priority: int = 0,
         request_id: str = "",
         traceparent: str | None = None,
     ) -> dict[str, NDArray[Any]]:
         """The model's outputs by name, one row per sample. `inputs`: see `ModelInputs.encode`.
 
-        deadline_ms: budget, also told to the ranker. traceparent: W3C trace context, passed on to Triton and the ranker.
+        deadline_ms: budget, also told to the ranker; what Triton's queue takes of it counts where Triton runs on this host, whose
+        clock both read. priority: the higher goes first where lookups wait, at a sidecar or for the network.
+        traceparent: W3C trace context, passed on to Triton and the ranker.
         Raises `LookupRejected` (before sending, where the fault shows here), `Overloaded`, `DeadlineExceeded`,
         `TransportError`, and whatever else the ranker names by its code.
         """
         tensors = self.inputs.encode(inputs)
         budget_ns = None if deadline_ms is None else deadline_ns(deadline_ms)
         options: dict[str, Any] = {"request_id": request_id}
+        parameters: dict[str, Any] = {}
+        if priority:
+            parameters["lookup_priority"] = priority_level(priority)
         if budget_ns is not None:
             options["timeout"] = max(budget_ns // 1000, 1)
             if self._grpc:
                 options["client_timeout"] = budget_ns / 1e9
+            if self._same_host:
+                parameters["deadline_unix_us"] = (time.time_ns() + budget_ns) // 1000
         if traceparent:
             # The header is for Triton's own tracing, the parameter for the ranker when that is off.
-            options["headers"] = options["parameters"] = {"traceparent": traceparent}
+            options["headers"] = {"traceparent": traceparent}
+            parameters["traceparent"] = traceparent
+        if parameters:
+            options["parameters"] = parameters
         large = self._threshold is not None and sum(t.nbytes for t in tensors.values()) >= self._threshold
         return self._infer_shared(tensors, options) if large and self._regions.usable else self._infer_inline(tensors, options)
 

@@ -136,9 +136,10 @@ class SidecarServer:
     """The engines of a sidecar: native threads that own lanes and answer lookups. Thread-safe."""
 
     def __init__(
-        self, *, engines: int, spin_us: int, max_lanes: int, max_frame_bytes: int, cpus: Sequence[Sequence[int]] = ()
+        self, *, engines: int, spin_us: int, max_lanes: int, max_frame_bytes: int, cpus: Sequence[Sequence[int]] = (),
+        order: str = "edf",
     ) -> None:
-        """Engine i runs on `cpus[i % len(cpus)]`; anywhere where `cpus` is empty."""
+        """Engine i runs on `cpus[i % len(cpus)]`; anywhere where `cpus` is empty. order: edf or fcfs, of what waits."""
     def publish(self, tables: TableSet) -> None:
         """Serve `tables` from now on, and what was published before it for lookups of its epoch; others get status PLAN."""
     def retire_previous(self) -> None:
@@ -200,6 +201,7 @@ class LookupClient:
         out_of_range: Sequence[str], sidecar_of_feature: NDArray[np.int32] | None = None,
         legs: Sequence[tuple[int, int, int, int, int, Sequence[int], bool]] = (),
         default_rows: Sequence[int] = (), padding: Sequence[int] = (), ranker_pooling: bool = False, hedge_budget: float = 0.0,
+        window_delay_us: int = 0, max_ids: int = 0,
     ) -> None:
         """Most is per feature, in plan order: rows and dim of its table, pooling, policy, default row, padding index (-1: none).
 
@@ -207,6 +209,8 @@ class LookupClient:
         columns and rows: feature, first column, columns, first row, shard number, sidecars with a replica, and whether the
         rows of the table are cut (then all its legs say so, and ids are settled and sorted here).
         ranker_pooling: sidecars answer with rows. hedge_budget: second subrequests sent early, as a share of all.
+        window_delay_us: how much longer than twice its least an answer may be on the network before fewer bytes are asked for at
+        once; 0: no receive window. max_ids: of all lookups under way, a further one gets OVERLOADED; 0: no bound.
         """
     def set_fixed_columns(self, begins: NDArray[np.int32], widths: NDArray[np.int32]) -> None:
         """Where each feature's ids lie in a fixed-width id matrix (see `lookup`). Default: feature f is column f."""
@@ -271,7 +275,7 @@ class LookupClient:
     def degraded(self) -> list[int]:
         """Features that lost rows, because nobody answered for them, in the calling thread's last lookup."""
     def stats(self) -> dict[str, Any]:
-        """Counters: lookups, per-lane sent/received frames and bytes, credit waits, lanes lost, statuses."""
+        """Counters: lookups, per-lane sent/received frames and bytes, credit waits, lanes lost, statuses, the receive window."""
     def close(self) -> None:
         """Close every lane; waiting lookups return TRANSPORT. Idempotent."""
 

@@ -5,6 +5,7 @@
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
+#include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
 
 #include "binding_load.hpp"
@@ -76,6 +77,7 @@ nb::dict server_stats(SidecarServer& server) {
     e["in_flight"] = engine->in_flight();
     e["served"] = c.served.get();
     e["shed"] = c.shed.get();
+    e["shed_on_arrival"] = c.shed_on_arrival.get();
     e["helped"] = c.helped.get();
     e["busy_ns"] = c.busy_ns.get();
     e["moved"] = c.moved.get();
@@ -93,7 +95,7 @@ nb::dict server_stats(SidecarServer& server) {
     for (size_t s = 0; s < kStatusCount; ++s) statuses[s] += direct.counters.statuses[s].get();
     if (direct.lane.received.get() > 0)
       lane_stats.push_back({0, "grpc", -1, direct.lane.received.get(), direct.lane.sent.get(), direct.lane.request_bytes.get(),
-                            direct.lane.response_bytes.get(), 0, direct.counters.pool.sum_us() * 1000, 0, 0, 0, 0});
+                            direct.lane.response_bytes.get(), 0, direct.counters.pool.sum_us() * 1000, 0, 0, 0, 0, 0});
   }
   pool.push_back(&direct.counters.pool);
   for (const LaneStats& l : lane_stats) {
@@ -111,6 +113,7 @@ nb::dict server_stats(SidecarServer& server) {
     e["queued_bytes"] = l.queued_bytes;
     e["grants"] = l.grants;
     e["grant_us"] = l.grant_us;
+    e["late_bytes"] = l.late_bytes;
     lanes.append(e);
   }
   const auto sums = server.table_stats();
@@ -150,6 +153,20 @@ nb::dict client_stats(LookupClient& client) {
   d["failovers"] = t.failovers.load();
   d["hedges"] = t.hedges.load();
   d["degraded"] = t.degraded.load();
+  d["refused"] = t.refused.load();
+  d["shed"] = t.shed.load();
+  const ReceiveWindow& window = client.window();
+  nb::dict w;
+  if (window.bytes() == ReceiveWindow::kOpen)
+    w["bytes"] = nb::none();
+  else
+    w["bytes"] = window.bytes();
+  w["used_bytes"] = window.used();
+  w["waiting"] = window.waiting();
+  w["waits"] = window.totals().waits.load();
+  w["shrunk"] = window.totals().shrunk.load();
+  w["marks"] = window.totals().marks.load();
+  d["window"] = w;
   nb::dict statuses;
   for (size_t s = 0; s < kStatusCount; ++s) statuses[status_name(s)] = t.statuses[s].load();
   d["statuses"] = statuses;
@@ -206,7 +223,8 @@ std::shared_ptr<LookupClient> make_client(int64_t epoch, int32_t sidecars, uint3
                                           Array<int32_t> dims, const std::vector<std::string>& poolings, const std::vector<bool>& weighted,
                                           const std::vector<std::string>& policies, std::optional<Array<int32_t>> holders,
                                           const std::vector<PyLeg>& legs, const std::vector<int64_t>& default_rows,
-                                          const std::vector<int64_t>& padding, bool ranker_pooling, double hedge_budget) {
+                                          const std::vector<int64_t>& padding, bool ranker_pooling, double hedge_budget,
+                                          uint32_t window_delay_us, int64_t max_ids) {
   const size_t n = rows.shape(0);
   const bool settled = legs.empty() || (default_rows.size() == n && padding.size() == n);
   if (n == 0 || dims.shape(0) != n || poolings.size() != n || weighted.size() != n || policies.size() != n || !settled ||
@@ -214,6 +232,7 @@ std::shared_ptr<LookupClient> make_client(int64_t epoch, int32_t sidecars, uint3
     throw nb::value_error("per-feature arrays differ in length, or neither or both of sidecar_of_feature and legs are given");
   if (sidecars < 1 || sidecars > 4096) throw nb::value_error("sidecars: 1 to 4096");
   if (!(hedge_budget >= 0 && hedge_budget <= 1)) throw nb::value_error("hedge_budget: 0 to 1");
+  if (max_ids < 0) throw nb::value_error("max_ids: 0 or more");
   Routes routes;
   routes.sidecars = sidecars;
   routes.rows_travel = ranker_pooling;
@@ -235,7 +254,8 @@ std::shared_ptr<LookupClient> make_client(int64_t epoch, int32_t sidecars, uint3
     for (; next < legs.size() && std::get<0>(legs[next]) == int32_t(f); ++next) add_leg(routes, legs[next]);
     if (!holders && next == first) throw nb::value_error("legs: every feature needs one, in feature order");
   }
-  return std::make_shared<LookupClient>(epoch, std::move(routes), spin_us, degrade, hedge_budget);
+  return std::make_shared<LookupClient>(epoch, std::move(routes), spin_us, degrade,
+                                        ClientOptions{hedge_budget, uint64_t(window_delay_us) * 1000, max_ids});
 }
 
 // The output format that an array's own type says.
@@ -552,8 +572,11 @@ NB_MODULE(_native, m) {
       .def("__len__", &PreparedFrames::size);
 
   nb::class_<SidecarServer> server_class(m, "SidecarServer");
-  server_class.def(nb::init<int, uint32_t, uint32_t, uint64_t, std::vector<std::vector<int>>>(), nb::kw_only(), "engines"_a, "spin_us"_a,
-           "max_lanes"_a, "max_frame_bytes"_a, "cpus"_a = std::vector<std::vector<int>>{})
+  server_class.def(nb::new_([](int engines, uint32_t spin_us, uint32_t max_lanes, uint64_t max_frame_bytes,
+                               const std::vector<std::vector<int>>& cpus, const std::string& order) {
+           return std::make_unique<SidecarServer>(engines, spin_us, max_lanes, max_frame_bytes, cpus, parse_order(order));
+         }), nb::kw_only(), "engines"_a, "spin_us"_a, "max_lanes"_a, "max_frame_bytes"_a, "cpus"_a = std::vector<std::vector<int>>{},
+         "order"_a = "edf")
       .def("publish", [](SidecarServer& self, const PyTables& tables) {
             if (!tables.set->sealed()) throw nb::value_error("tables: seal() them first");
             nb::gil_scoped_release release;  // engines may let tables go that hold Python's own
@@ -586,7 +609,7 @@ NB_MODULE(_native, m) {
   client_class.def(nb::new_(&make_client), nb::kw_only(), "epoch"_a, "sidecars"_a, "spin_us"_a, "degrade"_a, "rows"_a, "dims"_a, "poolings"_a,
            "weighted"_a, "out_of_range"_a, "sidecar_of_feature"_a = nb::none(), "legs"_a = std::vector<PyLeg>{},
            "default_rows"_a = std::vector<int64_t>{}, "padding"_a = std::vector<int64_t>{}, "ranker_pooling"_a = false,
-           "hedge_budget"_a = 0.0)
+           "hedge_budget"_a = 0.0, "window_delay_us"_a = 0, "max_ids"_a = 0)
       .def("set_fixed_columns", [](LookupClient& self, Array<int32_t> begins, Array<int32_t> widths) {
             const size_t n = self.routes().features.size();
             if (begins.shape(0) != n || widths.shape(0) != n) throw nb::value_error("begins, widths: one entry per feature");

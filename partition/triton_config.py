@@ -35,6 +35,9 @@ class TritonOptions:
     this kind gain nothing from larger batches, or 64 requests, since a request then brings its own batch."""
     max_queue_delay_us: int = 0
     """Microseconds a request waits for others. 0: what is queued is merged, nothing waits, so an idle server adds no delay."""
+    max_queue: int = 1024
+    """Requests that wait in Triton at most; a further one is refused, which callers see as overload. Some seconds' work of a small
+    model, and some hundred megabytes of large requests; what waited longer would be late anyway. 0: no bound."""
     instance_kind: str = "cpu"
     instances: int = 1
     """One: its lookups are pipelined by dynamic batching, and a second one would compete for the same cores or GPU."""
@@ -71,8 +74,11 @@ def config_text(model: ModelSpec, options: TritonOptions, *, degraded: bool = Fa
         f"max_batch_size: {max_batch}  # {batch} that are merged at most",
         _tensors("input", [_tensor(t, jagged=model.jagged, more=" allow_ragged_batch: true" * model.jagged) for t in tensors]),
         _tensors("output", outputs),
-        "# 0: merge what is queued already, never wait for more.",
-        f"dynamic_batching {{ max_queue_delay_microseconds: {options.max_queue_delay_us} }}",
+        "# A delay of 0: merge what is queued already, never wait for more. What spends its timeout in the queue is refused.",
+        "dynamic_batching {",
+        f"  max_queue_delay_microseconds: {options.max_queue_delay_us}",
+        f"  default_queue_policy {{ timeout_action: REJECT allow_timeout_override: true max_queue_size: {options.max_queue} }}",
+        "}",
         f"instance_group [ {{ count: {options.instances} kind: {kind} }} ]",
         "version_policy { latest { num_versions: 1 } }",
         *(f'parameters {{ key: "{key}" value {{ string_value: "{value}" }} }}' for key, value in parameters.items()),

@@ -212,6 +212,10 @@ class SidecarConfig(_Documented):
     balance: bool = True
     """Move rdma and tcp lanes from an engine that is busy more than 70 % of the time to the least busy one, while requests flow.
     Nothing to do with one engine."""
+    order: Literal["edf", "fcfs"] = "edf"
+    """Which of the subrequests that wait is answered first. edf: the highest priority, then the earliest deadline, so that under
+    load those that can still be in time are. fcfs: the first to come, whatever they say; for comparison. Either way, what cannot be
+    in time is refused at once."""
     spin_us: Annotated[int, Field(ge=0, le=1_000_000)] = 5
     """Microseconds an idle engine spins before it sleeps. An idle spinning engine steals its core from a ranker beside it, so the
     default only bridges the gap between the pieces of one lookup. Where engines have cores of their own, 50 saves the 10 to

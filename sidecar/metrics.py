@@ -48,6 +48,7 @@ _LANE_COUNTERS = {
     "lane_request_bytes": ("request_bytes", "Bytes of request frames"),
     "lane_response_bytes": ("response_bytes", "Bytes of response frames"),
     "credit_waits": ("credit_waits", "Times a response waited for room at the ranker"),
+    "lane_late_bytes": ("late_bytes", "Response bytes not sent because their deadline had passed"),
 }
 
 
@@ -174,6 +175,7 @@ def _engines(engines: Iterable[dict[str, int]]) -> Iterator[Metric]:
     counted = {
         "served": "Subrequests served",
         "shed": "Subrequests refused because their deadline could not be met",
+        "shed_on_arrival": "Those of them that were refused before they queued",
         "helped": "Pieces pooled of other engines' subrequests",
     }
     for key, text in counted.items():

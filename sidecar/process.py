@@ -64,6 +64,7 @@ class SidecarProcess:
                 spin_us=config.spin_us,
                 max_lanes=config.max_lanes,
                 max_frame_bytes=max(config.request_slot_bytes, config.response_slot_bytes),
+                order=config.order,
                 cpus=[list(cpus) for cpus in place(config.memory.numa, usable_nodes()).cpus],
             )
             stack.callback(self._server.close)

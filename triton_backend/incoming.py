@@ -1,4 +1,4 @@
-"""From a Triton request to a part of a lookup: tensors checked and viewed, budget and trace context read.
+"""From a Triton request to a part of a lookup: tensors checked and viewed; budget, priority and trace context read.
 
 Arrays are views into memory that Triton takes back when `execute` returns.
 """
@@ -6,6 +6,7 @@ Arrays are views into memory that Triton takes back when `execute` returns.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sidepool.client.arguments import MAX_DEADLINE_MS, Ids, Part
+from sidepool.client.arguments import MAX_DEADLINE_MS, MAX_PRIORITY, Ids, Part
 from sidepool.client.index_program import FeatureRouter
 from sidepool.wire.errors import DeadlineExceeded, LookupRejected
 from sidepool.wire.model import FixedSource, JaggedSource, ModelSpec
@@ -36,7 +37,15 @@ class Incoming:
     """Per offsets among `inputs`: how many ids they are of."""
     samples: int
     budget_ns: int
+    priority: int
     traceparent: str | None
+
+
+@dataclass(slots=True)
+class _Options:
+    budget_ns: int
+    priority: int = 0
+    traceparent: str | None = None
 
 
 class Reader:
@@ -67,7 +76,7 @@ class Reader:
         """Check one request; raises `LookupRejected` naming the tensor, or `DeadlineExceeded` for a budget that is spent."""
         given = {tensor.name(): tensor for tensor in request.inputs()}
         arrays = {name: self._array(name, given) for name in self._expected}
-        budget_ns, traceparent = self._options(request)
+        options = self._options(request)
         if self.jagged:
             lengths, values, weights = self._ids(given)
             samples = _samples({**arrays, LENGTHS: lengths.T})
@@ -79,7 +88,7 @@ class Reader:
             part = (arrays[self._id_matrix], None, None) if self._id_matrix else self._router.route(arrays)
         inputs = {name: arrays[name].astype(dtype, copy=False) for name, dtype in self._dense_inputs.items()}
         ids = {name: arrays[source.values].size for name, source in self._offsets.items() if name in inputs}
-        return Incoming(position, part, inputs, ids, samples, budget_ns, traceparent)
+        return Incoming(position, part, inputs, ids, samples, options.budget_ns, options.priority, options.traceparent)
 
     def merged(self, accepted: Sequence[Incoming]) -> dict[str, NDArray[Any]]:
         """The dense program's inputs over several requests, offsets counted on from one to the next."""
@@ -137,27 +146,36 @@ class Reader:
                 arrays[source.weights] = part
         return arrays
 
-    def _options(self, request: Any) -> tuple[int, str | None]:
-        """Budget in nanoseconds from now, and traceparent: the request's timeout and parameters, else Triton's own trace.
+    def _options(self, request: Any) -> _Options:
+        """Budget in nanoseconds from now, priority, and traceparent: the request's timeout and parameters, else Triton's own trace.
 
-        Time spent in Triton's queue is not known to a Python model; the budget counts from here.
+        Triton tells neither a Python model how long a request waited in its queue nor the `priority` that it ordered its queue by.
         """
-        budget_ns, traceparent = self._default_budget_ns, None
+        options = _Options(self._default_budget_ns)
         timeout_us = request.timeout()
         if timeout_us > 0:
-            budget_ns = timeout_us * 1000
+            options.budget_ns = timeout_us * 1000
         text = request.parameters()
         if len(text) > 2:  # "{}": none, which is the rule
-            parameters = json.loads(text)
-            if "deadline_ms" in parameters:
-                budget_ns = _budget_ns(parameters["deadline_ms"])
-            found = parameters.get("traceparent")
-            traceparent = found if isinstance(found, str) else None
-        if traceparent is None:
+            _read_parameters(json.loads(text), options)
+        if options.traceparent is None:
             context = request.trace().get_context()
             if context:
-                traceparent = json.loads(context).get("traceparent")
-        return budget_ns, traceparent
+                options.traceparent = json.loads(context).get("traceparent")
+        return options
+
+
+def _read_parameters(parameters: dict[str, Any], options: _Options) -> None:
+    if "deadline_ms" in parameters:
+        options.budget_ns = _budget_ns(parameters["deadline_ms"])
+    if "deadline_unix_us" in parameters:
+        options.budget_ns = min(options.budget_ns, _remaining_ns(parameters["deadline_unix_us"]))
+    priority = parameters.get("lookup_priority", 0)
+    if not isinstance(priority, int) or not -MAX_PRIORITY <= priority <= MAX_PRIORITY:
+        raise LookupRejected(f"parameter lookup_priority: found {priority!r}; allowed: whole numbers, at most {MAX_PRIORITY}")
+    options.priority = priority
+    found = parameters.get("traceparent")
+    options.traceparent = found if isinstance(found, str) else None
 
 
 def _budget_ns(deadline_ms: Any) -> int:
@@ -170,6 +188,15 @@ def _budget_ns(deadline_ms: Any) -> int:
     if budget_ms <= 0:
         raise DeadlineExceeded(f"parameter deadline_ms: found {deadline_ms}; the budget was spent before the request began")
     return max(1, int(budget_ms * 1e6))
+
+
+def _remaining_ns(deadline_unix_us: Any) -> int:
+    if not isinstance(deadline_unix_us, int):
+        raise LookupRejected(f"parameter deadline_unix_us: found {deadline_unix_us!r}; allowed: whole microseconds of Unix time")
+    remaining_ns = deadline_unix_us * 1000 - time.time_ns()
+    if remaining_ns <= 0:
+        raise DeadlineExceeded(f"parameter deadline_unix_us: passed {-remaining_ns / 1e6:.1f} ms before the request began")
+    return remaining_ns
 
 
 def _only_id_matrix(model: ModelSpec) -> str | None:

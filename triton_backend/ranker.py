@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from sidepool.client.dense import DenseGraph
 from sidepool.client.embedding import EmbeddingClient, PartsResult
 from sidepool.client.index_program import FeatureRouter
+from sidepool.triton_backend.admission import Admission
 from sidepool.triton_backend.incoming import Incoming, Reader
 from sidepool.triton_backend.settings import Settings
 from sidepool.triton_backend.stages import StageReporter, StageTimes
@@ -51,6 +52,7 @@ class Ranker:
         model = load_model(settings.artifact / MODEL_FILE, plan)
         router = FeatureRouter(model, plan, settings.artifact)
         self._reader = Reader(model, router, parameters.deadline_ms)
+        self._admission = Admission(parameters.max_ids)
         self._dense = DenseGraph(model, settings.artifact, device=settings.device, threads=parameters.torch_threads or None)
         self._outputs = model.outputs
         self._names_degraded = DEGRADED_OUTPUT in settings.outputs
@@ -76,6 +78,9 @@ class Ranker:
             rdma_engines=parameters.rdma_engines,
             pooling=parameters.pooling,
             hedge_budget=parameters.hedge_budget,
+            window_delay_us=parameters.window_delay_us,
+            # What Triton hands over at once is bounded before anything is made of it, and nothing else is under way.
+            max_ids=0,
             fixed_columns=router.fixed_columns,
             name=f"ranker {settings.name}",
             address_of=None if self._members is None else self._members.address,
@@ -104,6 +109,9 @@ class Ranker:
                     accepted.append(incoming)
             except Exception as e:
                 responses[position] = self._refusal(e)
+        accepted, refused = self._admission.sort(accepted)
+        for incoming, error in refused:
+            responses[incoming.position] = self._refusal(error)
         if accepted:
             try:
                 self._score(accepted, responses, begin_ns)
@@ -127,11 +135,13 @@ class Ranker:
             [incoming.part for incoming in accepted],
             pooled_array,
             deadline_ms=max(incoming.budget_ns for incoming in accepted) / 1e6,
+            priority=max(incoming.priority for incoming in accepted),
             traceparent=next((incoming.traceparent for incoming in accepted if incoming.traceparent), None),
         )
         dense_ns = time.perf_counter_ns()
         outputs = [tensor.numpy() for tensor in self._dense.run(pooled, result.sequences, inputs)]
         out_ns = time.perf_counter_ns()
+        self._admission.learn(samples, out_ns - begin_ns)
         self._respond(accepted, result, outputs, responses, out_ns - begin_ns)
         self._times.add(
             requests=len(accepted),

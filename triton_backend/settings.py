@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field
 
-from sidepool.client.lanes import TlsFiles
+from sidepool.client.lanes import DEFAULT_MAX_IDS, DEFAULT_WINDOW_DELAY_US, MAX_MAX_IDS, MAX_WINDOW_DELAY_US, TlsFiles
 from sidepool.wire.config import Frozen, decode
 from sidepool.wire.coordination import Coordination
 from sidepool.wire.errors import ConfigError
@@ -42,6 +42,11 @@ class RankerParameters(Frozen):
     hedge_budget: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of subrequests that may go to a second replica once the first takes longer than its 95th percentile; 0: a replica is
     left only when it has failed or taken half of the budget."""
+    window_delay_us: Annotated[int, Field(ge=0, le=MAX_WINDOW_DELAY_US)] = DEFAULT_WINDOW_DELAY_US
+    """tcp and rdma lanes: how much longer than twice its least an answer may be on the network, in microseconds, before fewer bytes
+    are asked for at once from all sidecars together; 0: no such window."""
+    max_ids: Annotated[int, Field(ge=0, le=MAX_MAX_IDS)] = DEFAULT_MAX_IDS
+    """Ids of the requests that Triton hands over at once; those beyond are refused as overloaded, one alone never. 0: no bound."""
     spin_us: Annotated[int, Field(ge=0, le=1_000_000)] = 50
     """How long a lookup waits spinning before it sleeps: about what a sidecar on the same machine takes for a small batch."""
     artifact: str = ""

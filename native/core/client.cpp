@@ -18,13 +18,16 @@ uint64_t new_lanes_version() {
 }
 }  // namespace
 
-LookupClient::LookupClient(int64_t epoch, Routes routes, uint32_t spin_us, bool degrade, double hedge_budget)
+LookupClient::LookupClient(int64_t epoch, Routes routes, uint32_t spin_us, bool degrade, const ClientOptions& options)
     : epoch_(epoch),
       routes_(std::move(routes)),
       spin_ns_(uint64_t(spin_us) * 1000),
       degrade_(degrade),
       next_id_(1),
-      replicas_(size_t(routes_.sidecars), hedge_budget) {
+      replicas_(size_t(routes_.sidecars), options.hedge_budget),
+      times_(size_t(routes_.sidecars)),
+      window_(options.window_delay_ns),
+      max_ids_(options.max_ids) {
   lanes_.resize(size_t(routes_.sidecars));
   lanes_version_ = new_lanes_version();
   watch_ids_.resize(lanes_.size(), 0);

@@ -8,9 +8,11 @@
 #include <thread>
 #include <vector>
 
+#include "answer_times.hpp"
 #include "client_lane.hpp"
 #include "counters.hpp"
 #include "rdma.hpp"
+#include "receive_window.hpp"
 #include "replicas.hpp"
 #include "router.hpp"
 
@@ -43,10 +45,15 @@ struct LookupResult {
   std::vector<int32_t>* degraded = nullptr;  // features that lost rows, in plan order
 };
 
+struct ClientOptions {
+  double hedge_budget = 0;       // see Replicas
+  uint64_t window_delay_ns = 0;  // see ReceiveWindow
+  int64_t max_ids = 0;           // of all lookups under way; a further one is refused. 0: no bound; one alone is never refused
+};
+
 class LookupClient {
  public:
-  // hedge_budget: see Replicas.
-  LookupClient(int64_t epoch, Routes routes, uint32_t spin_us, bool degrade, double hedge_budget = 0);
+  LookupClient(int64_t epoch, Routes routes, uint32_t spin_us, bool degrade, const ClientOptions& options = {});
   ~LookupClient();
 
   size_t sidecar_count() const { return size_t(routes_.sidecars); }
@@ -61,6 +68,7 @@ class LookupClient {
   std::shared_ptr<RdmaRanker> rdma() const;
   std::shared_ptr<ClientLane> lane(int32_t sidecar) const;
   bool alive(int32_t sidecar) const;
+  const ReceiveWindow& window() const { return window_; }
   int64_t in_flight_bytes(int32_t sidecar) const { return replicas_.in_flight(sidecar); }
   // A sidecar without a live lane; -1 after the timeout; -2 once closed.
   int32_t wait_lane_lost(double timeout_s);
@@ -78,6 +86,8 @@ class LookupClient {
     std::atomic<int64_t> lookups{0}, samples{0}, refused_parts{0}, lanes_lost{0};
     std::atomic<int64_t> out_of_range{0};  // ids settled here: tables whose rows are cut
     std::atomic<int64_t> failovers{0}, hedges{0}, degraded{0};
+    std::atomic<int64_t> refused{0};  // lookups beyond max_ids
+    std::atomic<int64_t> shed{0};     // subrequests that were not sent because they could not be answered in time
     std::atomic<int64_t> statuses[10] = {};
   };
   const Totals& totals() const { return totals_; }
@@ -86,25 +96,37 @@ class LookupClient {
   struct Subrequest;
   struct InFlight;
   struct Scratch;
+  enum class Wait { never, hold, block };
+  enum class Room { yes, no, late };
 
   static Scratch& scratch();
+  LookupResult look_up(Scratch& scratch, const LookupCall& call, uint64_t start);
   void hold_lanes(Scratch& scratch);
   void choose_sidecars(Scratch& scratch);
   void set_budgets(Scratch& scratch) const;
-  void send_chunk(Scratch& scratch, InFlight& chunk, const LookupCall& call, uint64_t deadline, LookupResult& result);
+  // `alone`: nothing of this lookup is under way.
+  void send_chunk(Scratch& scratch, InFlight& chunk, const LookupCall& call, uint64_t deadline, bool alone, LookupResult& result);
   // A subrequest for `legs`; false where none of them has ids, so that nobody need be asked.
-  // Without `wait` also where the sidecar has no slot free now.
-  bool send(Scratch& scratch, InFlight& chunk, int32_t sidecar, const std::vector<int32_t>& legs, const LookupCall& call, uint64_t deadline, bool wait);
+  // Where the window has no room: with Wait::block it waits, with Wait::hold the subrequest is sent later, by send_held.
+  // With Wait::never false also there, and where the sidecar has no slot free now.
+  bool send(Scratch& scratch, InFlight& chunk, int32_t sidecar, const std::vector<int32_t>& legs, const LookupCall& call, uint64_t deadline, Wait wait);
+  Status prepare(const Scratch& scratch, const InFlight& chunk, Subrequest& sub, OutputFormat format) const;
+  Room take_room(InFlight& chunk, Subrequest& sub, const LookupCall& call, uint64_t deadline, Wait wait);
+  void send_held(Scratch& scratch, InFlight& chunk, const LookupCall& call, uint64_t deadline, LookupResult& result);
+  Room give_up(InFlight& chunk, const Subrequest& sub);
+  void leave_line(InFlight& chunk);
   Status post(Scratch& scratch, InFlight& chunk, Subrequest& sub, const LookupCall& call, uint64_t deadline, bool wait);
+  Status send_frame(Scratch& scratch, InFlight& chunk, Subrequest& sub, const LookupCall& call, uint64_t deadline, bool wait);
   // Sends the legs of `scratch.wanted` to other holders; what nobody is left for stays there.
-  void ask_others(Scratch& scratch, InFlight& chunk, const LookupCall& call, uint64_t deadline, bool wait);
+  void ask_others(Scratch& scratch, InFlight& chunk, const LookupCall& call, uint64_t deadline, Wait wait);
   int32_t another_holder(const Scratch& scratch, const InFlight& chunk, int32_t leg) const;
   void receive(Scratch& scratch, InFlight& chunk, const LookupCall& call, uint64_t deadline, LookupResult& result);
   // Waits until the subrequest is over (true) or `until`.
   bool receive_some(Scratch& scratch, InFlight& chunk, Subrequest& sub, const LookupCall& call, uint64_t until, LookupResult& result);
   void late(Scratch& scratch, InFlight& chunk, size_t sub, const LookupCall& call, uint64_t deadline);
   void failed(Scratch& scratch, InFlight& chunk, size_t sub, const LookupCall& call, uint64_t deadline, LookupResult& result);
-  void settle(Subrequest& sub, bool answered);
+  void learn(const Subrequest& sub, const ResponseHeader& header, uint64_t turned, uint64_t seen);
+  void settle(InFlight& chunk, Subrequest& sub, bool answered);
   void watch();
 
   const int64_t epoch_;
@@ -124,6 +146,10 @@ class LookupClient {
   std::atomic<bool> stopping_{false};
   Totals totals_;
   Replicas replicas_;
+  AnswerTimes times_;
+  ReceiveWindow window_;
+  const int64_t max_ids_;
+  std::atomic<int64_t> ids_{0};  // of lookups under way, where they are bounded
   std::thread watcher_;
 };
 

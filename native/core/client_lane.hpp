@@ -24,6 +24,13 @@ class ClientLane {
   const LaneLimits& limits() const { return limits_; }
   size_t payload_capacity() const { return limits_.response_bytes - sizeof(ResponseHeader); }
   bool same_clock() const { return same_clock_; }
+  // Whether its responses cross a network that others' may congest: they are under the ranker's receive window.
+  virtual bool windowed() const { return false; }
+  // Whether the `marks` of responses have grown since this was last said.
+  bool newly_marked() {
+    const uint32_t marks = marks_.load(std::memory_order_relaxed);
+    return marks != marks_told_.load(std::memory_order_relaxed) && marks_told_.exchange(marks, std::memory_order_relaxed) != marks;
+  }
 
   // A free slot, waiting for one until the deadline. -1: none became free; -2: the lane is dead.
   int acquire(uint64_t deadline_ns);
@@ -87,6 +94,8 @@ class ClientLane {
   std::atomic<uint64_t> abandoned_{0};
   std::atomic<uint32_t> released_{0};  // bumped with every slot that becomes free; waited on by acquire
   std::atomic<uint32_t> acquirers_{0};
+  std::atomic<uint32_t> marks_{0};  // of the newest response, also of one that nobody waited for; written by who receives
+  std::atomic<uint32_t> marks_told_{0};
   std::unique_ptr<SlotState[]> slots_;
   Counters counters_;
 };

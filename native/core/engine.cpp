@@ -59,30 +59,8 @@ void run_on(const std::vector<int>& cpus) {
 
 }  // namespace
 
-void Published::set(std::shared_ptr<const TableSet> tables) {
-  std::lock_guard lock(mutex_);
-  previous_ = std::exchange(tables_, std::move(tables));
-  version_.fetch_add(1, std::memory_order_release);
-}
-
-void Published::retire_previous() {
-  std::lock_guard lock(mutex_);
-  previous_ = nullptr;
-  version_.fetch_add(1, std::memory_order_release);
-}
-
-std::shared_ptr<const TableSet> Published::get() const {
-  std::lock_guard lock(mutex_);
-  return tables_;
-}
-
-Published::Both Published::both() const {
-  std::lock_guard lock(mutex_);
-  return {tables_, previous_};
-}
-
-Engine::Engine(Published& published, Board& board, size_t seat, uint32_t spin_us, const std::vector<int>& cpus)
-    : published_(published), board_(board), seat_(seat), cpus_(cpus), spin_ns_(uint64_t(spin_us) * 1000) {
+Engine::Engine(Published& published, Board& board, size_t seat, uint32_t spin_us, const std::vector<int>& cpus, Order order)
+    : published_(published), board_(board), seat_(seat), cpus_(cpus), spin_ns_(uint64_t(spin_us) * 1000), queue_(order) {
   epoll_ = Fd(epoll_create1(EPOLL_CLOEXEC));
   doorbell_ = Fd(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
   page_fd_ = Fd(memfd_create("sidepool-engine", MFD_CLOEXEC | MFD_ALLOW_SEALING));
@@ -288,7 +266,7 @@ void Engine::settle_in(Mail& mail) {
   arrived_.reserve(kMaxSlots);
   for (Work& work : mail.works) {
     work.owner = &owned;
-    enqueue(work);
+    queue_.push(work);
   }
   counters_.queued.set(int64_t(queue_.size()));
   arriving_.fetch_sub(int64_t(mail.works.size()), std::memory_order_relaxed);
@@ -302,26 +280,30 @@ void Engine::collect(Owned& owned, bool readable) {
   }
   if (arrived_.empty()) return;
   const uint64_t now = now_ns();
-  for (const uint32_t slot : arrived_) {
-    RequestHeader header;
-    std::memcpy(&header, owned.lane->request(slot).first, sizeof header);
-    // A budget beyond a day is no budget; the bound keeps the sum within 64 bits.
-    const uint64_t budget = std::min<uint64_t>(header.budget_ns, 86'400'000'000'000ull);
-    enqueue({now + budget, header.priority, slot, now, &owned});
-    ++owned.queued;
-    owned.lane->counters().queued.add();
-    owned.lane->counters().queued_bytes.add(int64_t(owned.lane->request(slot).second));
-  }
+  for (const uint32_t slot : arrived_) admit(owned, slot, now);
   counters_.queued.set(int64_t(queue_.size()));
 }
 
-bool Engine::Work::after(const Work& a, const Work& b) {
-  return a.priority != b.priority ? a.priority < b.priority : a.deadline_ns > b.deadline_ns;
-}
-
-void Engine::enqueue(const Work& work) {
-  queue_.push_back(work);
-  std::push_heap(queue_.begin(), queue_.end(), Work::after);
+// Into the queue, unless its time would run out there.
+void Engine::admit(Owned& owned, uint32_t slot, uint64_t now) {
+  if (owned.dead) return;
+  const auto [frame, bytes] = owned.lane->request(slot);
+  RequestHeader header;
+  std::memcpy(&header, frame, sizeof header);
+  // A budget beyond a day is no budget; the bound keeps the sum within 64 bits.
+  const uint64_t deadline = now + std::min<uint64_t>(header.budget_ns, 86'400'000'000'000ull);
+  // The body, not looked at yet, has room for no more ids than this.
+  const uint64_t values = std::min<uint64_t>(header.value_count, bytes / sizeof(int64_t));
+  const Work work{deadline, now, service_time_.of(values), header.priority, slot, &owned};
+  if (queue_.hopeless(work, now)) {
+    counters_.shed_on_arrival.add();
+    answer(work, true);
+    return;
+  }
+  queue_.push(work);
+  ++owned.queued;
+  owned.lane->counters().queued.add();
+  owned.lane->counters().queued_bytes.add(int64_t(bytes));
 }
 
 // One subrequest, and others for as long as posting a response takes: posted first, it would delay them more than they delay
@@ -333,18 +315,16 @@ void Engine::serve_some(uint64_t begin_ns, uint64_t post_ns) {
 }
 
 void Engine::serve_one() {
-  std::pop_heap(queue_.begin(), queue_.end(), Work::after);
-  const Work work = queue_.back();
-  queue_.pop_back();
+  const Work work = queue_.pop();
   --work.owner->queued;
   LaneCounters& lane = work.owner->lane->counters();
   lane.queued.add(-1);
   lane.queued_bytes.add(-int64_t(work.owner->lane->request(work.slot).second));
-  if (!work.owner->dead) answer(work);
+  if (!work.owner->dead) answer(work, false);
   counters_.queued.set(int64_t(queue_.size()));
 }
 
-void Engine::answer(const Work& work) {
+void Engine::answer(const Work& work, bool hopeless) {
   ServerLane& lane = *work.owner->lane;
   const auto [frame, bytes] = lane.request(work.slot);
   if (parse_request(frame, bytes, parsed_) != Status::ok) {
@@ -352,31 +332,18 @@ void Engine::answer(const Work& work) {
     work.owner->dead = true;
     return;
   }
-  lane.begin(work.slot, parsed_);
-  const auto [payload, capacity] = lane.payload(work.slot);
-  const ServeInput input{&parsed_, work.received_ns, payload, capacity};
+  lane.begin(work.slot, parsed_, work.deadline_ns);
   const uint64_t start = now_ns();
-  const uint64_t estimate = uint64_t(ns_per_value_ * double(parsed_.header.value_count));
-  ResponseHeader header;
   const uint64_t draining_since = published_.draining_since_ns.load(std::memory_order_relaxed);
-  const bool late = start + estimate > work.deadline_ns;
-  if (late || (draining_since != 0 && work.received_ns > draining_since)) {
-    header.status = int32_t(late ? Status::deadline : Status::draining);
-    header.lookup_id = parsed_.header.lookup_id;
-    header.epoch = parsed_.header.epoch;
-    header.batch = parsed_.header.batch;
-    header.received_ns = work.received_ns;
-    header.started_ns = header.finished_ns = start;
-    counters_.shed.add(late);
+  ResponseHeader header;
+  if (hopeless || start + service_time_.of(parsed_.header.value_count) > work.deadline_ns) {
+    header = refusal(work, Status::deadline, start);
+    counters_.shed.add();
+    service_time_.doubt();
+  } else if (draining_since != 0 && work.received_ns > draining_since) {
+    header = refusal(work, Status::draining, start);
   } else {
-    const bool share = estimate >= kWakeNs ? board_.shared() : estimate >= kOfferNs && board_.anyone_awake(seat_);
-    const auto [tables, counters] = tables_of(parsed_.header.epoch);
-    header = share ? serve_shared(input, lane, estimate) : serve(tables, input, lane, counters);
-    const uint64_t spent = header.finished_ns - header.started_ns;
-    if (header.status == 0 && !share) learn(spent, int64_t(parsed_.header.value_count));
-    counters_.pool.record_ns(spent);
-    counters_.busy_ns.add(int64_t(spent));
-    lane.counters().busy_ns.add(int64_t(spent));
+    header = pool(work, lane);
   }
   counters_.queue.record_ns(header.started_ns - work.received_ns);
   counters_.statuses[size_t(header.status)].add();
@@ -386,6 +353,35 @@ void Engine::answer(const Work& work) {
   work.owner->just_moved = false;
   work.owner->last_response_ns = header.finished_ns;
   watch(*work.owner);
+}
+
+ResponseHeader Engine::refusal(const Work& work, Status status, uint64_t now) const {
+  ResponseHeader header;
+  header.status = int32_t(status);
+  header.lookup_id = parsed_.header.lookup_id;
+  header.epoch = parsed_.header.epoch;
+  header.batch = parsed_.header.batch;
+  header.received_ns = work.received_ns;
+  header.started_ns = header.finished_ns = now;
+  return header;
+}
+
+ResponseHeader Engine::pool(const Work& work, ServerLane& lane) {
+  const auto [payload, capacity] = lane.payload(work.slot);
+  const ServeInput input{&parsed_, work.received_ns, payload, capacity};
+  const uint64_t alone = uint64_t(ns_per_value_ * double(parsed_.header.value_count));
+  const bool share = alone >= kWakeNs ? board_.shared() : alone >= kOfferNs && board_.anyone_awake(seat_);
+  const auto [tables, counters] = tables_of(parsed_.header.epoch);
+  const ResponseHeader header = share ? serve_shared(input, lane, alone) : serve(tables, input, lane, counters);
+  const uint64_t spent = header.finished_ns - header.started_ns;
+  if (header.status == 0) {
+    service_time_.learn(spent, parsed_.header.value_count);
+    if (!share) learn(spent, int64_t(parsed_.header.value_count));
+  }
+  counters_.pool.record_ns(spent);
+  counters_.busy_ns.add(int64_t(spent));
+  lane.counters().busy_ns.add(int64_t(spent));
+  return header;
 }
 
 std::pair<const TableSet*, TableCounters*> Engine::tables_of(uint64_t epoch) const {

@@ -1,4 +1,4 @@
-// An engine: one thread that exclusively owns its lanes and answers their subrequests, earliest deadline first.
+// An engine: one thread that exclusively owns its lanes and answers their subrequests, the most urgent first (work_queue.hpp).
 //
 // Ownership: lanes, the queue and the scratch memory belong to the engine thread. Other threads reach it only through
 // `adopt` and `stop` (a mailbox behind a mutex, taken when its eventfd rings) and through counters, which are relaxed
@@ -16,6 +16,7 @@
 
 #include "board.hpp"
 #include "rdma.hpp"
+#include "work_queue.hpp"
 
 namespace sidepool {
 
@@ -44,7 +45,9 @@ class Published {
 constexpr size_t kStatusCount = 10;
 
 struct EngineCounters {
-  Counter lanes, queued, served, shed, busy_ns;
+  Counter lanes, queued, served, busy_ns;
+  Counter shed;             // subrequests refused because they could not be answered in time
+  Counter shed_on_arrival;  // those of them that never queued
   Counter helped;   // pieces of other engines' subrequests
   Counter writing;  // lanes with response bytes that their socket has not taken yet
   Counter statuses[kStatusCount];
@@ -53,10 +56,24 @@ struct EngineCounters {
   Histogram blackout;  // of a lane that came: from its last response there to its first here
 };
 
+class Engine;
+
+// A lane and what its engine knows of it.
+struct EngineLane {
+  std::unique_ptr<ServerLane> lane;
+  bool dead = false;
+  bool writing = false;  // something waits to leave
+  bool watched = false;  // EPOLLOUT is armed
+  uint32_t queued = 0;
+  Engine* target = nullptr;       // where the lane is moving to
+  uint64_t last_response_ns = 0;  // kept for the blackout of a move
+  bool just_moved = false;
+};
+
 class Engine {
  public:
   // `seat` is this engine's place on the board, which outlives it. `cpus`: where the thread may run; empty: anywhere.
-  Engine(Published& published, Board& board, size_t seat, uint32_t spin_us, const std::vector<int>& cpus);
+  Engine(Published& published, Board& board, size_t seat, uint32_t spin_us, const std::vector<int>& cpus, Order order = Order::edf);
   ~Engine();
 
   // Count a lane that is about to be adopted; every reserve is followed by an adopt or a release. Thread-safe.
@@ -90,24 +107,7 @@ class Engine {
   void read_lanes(const LaneVisitor& visit) const;
 
  private:
-  struct Owned {
-    std::unique_ptr<ServerLane> lane;
-    bool dead = false;
-    bool writing = false;  // something waits to leave
-    bool watched = false;  // EPOLLOUT is armed
-    uint32_t queued = 0;
-    Engine* target = nullptr;       // where the lane is moving to
-    uint64_t last_response_ns = 0;  // kept for the blackout of a move
-    bool just_moved = false;
-  };
-  struct Work {
-    uint64_t deadline_ns;
-    int32_t priority;
-    uint32_t slot;
-    uint64_t received_ns;
-    Owned* owner;
-    static bool after(const Work& a, const Work& b);  // whether `a` is served after `b`
-  };
+  using Owned = EngineLane;
   // What other threads send: a lane (with its queue, where it comes from another engine), or (null) a move to begin.
   struct Mail {
     std::unique_ptr<Owned> lane;
@@ -128,10 +128,13 @@ class Engine {
   void poll_sockets(int timeout_ms);
   void take_mail();
   void collect(Owned& owned, bool readable);
-  void enqueue(const Work& work);
+  void admit(Owned& owned, uint32_t slot, uint64_t now);
   void serve_some(uint64_t begin_ns, uint64_t post_ns);
   void serve_one();
-  void answer(const Work& work);
+  // `hopeless`: it is known to be late already.
+  void answer(const Work& work, bool hopeless);
+  ResponseHeader refusal(const Work& work, Status status, uint64_t now) const;
+  ResponseHeader pool(const Work& work, ServerLane& lane);
   // What answers a lookup of this epoch, and where it is counted: only what is published now is, since counters go by its indices.
   std::pair<const TableSet*, TableCounters*> tables_of(uint64_t epoch) const;
   ResponseHeader serve_shared(const ServeInput& input, ServerLane& lane, uint64_t estimate_ns);
@@ -166,7 +169,7 @@ class Engine {
 
   int moving_ = 0;        // lanes with a target
   int stream_lanes_ = 0;  // lanes that only their socket can announce
-  std::vector<Work> queue_;  // heap: highest priority first, then earliest deadline
+  WorkQueue queue_;
   std::vector<uint32_t> arrived_;
   ParsedRequest parsed_;
   std::shared_ptr<const TableSet> tables_, previous_;
@@ -175,8 +178,8 @@ class Engine {
   size_t table_count_ = 0;
   mutable std::mutex table_mutex_;  // guards replacing table_counters_ and their tops, not counting
 
-  // Estimated service time per id, learnt from what was served.
-  double ns_per_value_ = 10;
+  double ns_per_value_ = 10;  // of one engine alone, learnt from what was served: how large pieces are, and who is asked to help
+  ServiceTime service_time_;  // as it was, helped or not: what can still be answered in time
   EngineCounters counters_;
   std::thread thread_;
 };

@@ -44,10 +44,7 @@ void Engine::hand_over() {
     }
     Mail mail;
     mail.move_lane = owned.lane->id();
-    const auto kept = std::partition(queue_.begin(), queue_.end(), [&](const Work& work) { return work.owner != &owned; });
-    mail.works.assign(kept, queue_.end());
-    queue_.erase(kept, queue_.end());
-    std::make_heap(queue_.begin(), queue_.end(), Work::after);
+    mail.works = queue_.take(&owned);
     Engine& target = *owned.target;
     target.arriving_.fetch_add(int64_t(mail.works.size()), std::memory_order_relaxed);
     counters_.queued.set(int64_t(queue_.size()));

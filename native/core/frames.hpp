@@ -113,7 +113,8 @@ struct ResponseHeader {
   uint64_t received_ns = 0;  // sidecar's monotonic clock: frame seen, pooling begun, piece ready
   uint64_t started_ns = 0;
   uint64_t finished_ns = 0;
-  uint8_t reserved[24] = {};
+  uint32_t marks = 0;  // tcp: segments of this lane that the network marked (ECN) or lost so far; they tell of congestion
+  uint8_t reserved[20] = {};
 };
 
 // Bytes that may have been sent since the lane began; a later grant includes every earlier one, so none can be lost.

@@ -15,6 +15,7 @@ class RdmaClientLane final : public ClientLane, public RdmaPeer {
                  uint64_t window_bytes, Fd watched, Fd held);
 
   const char* kind() const override { return "rdma"; }
+  bool windowed() const override { return true; }
   int fd() const override { return watched_.get(); }
   const char* why_lost() const override { return why(); }
   std::byte* request(uint32_t slot) override { return memory_->staging.data() + slot * limits_.request_bytes; }

@@ -114,7 +114,7 @@ class RdmaServerLane final : public ServerLane, public RdmaPeer {
     return {response_slot(slot), limits_.response_bytes - sizeof(ResponseHeader)};
   }
 
-  void begin(uint32_t slot, const ParsedRequest&) override {
+  void begin(uint32_t slot, const ParsedRequest&, uint64_t) override {
     slot_ = slot;
     done_ = 0;
     queued_ = ready_ = 0;

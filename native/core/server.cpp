@@ -74,11 +74,11 @@ HelloAck ack_of(const LaneLimits& limits, const TcpOptions& tcp, bool local) {
 }  // namespace
 
 SidecarServer::SidecarServer(int engines, uint32_t spin_us, uint32_t max_lanes, uint64_t max_frame_bytes,
-                             const std::vector<std::vector<int>>& cpus)
+                             const std::vector<std::vector<int>>& cpus, Order order)
     : board_(size_t(engines)), max_lanes_(max_lanes), max_frame_bytes_(max_frame_bytes) {
   for (size_t i = 0; i < size_t(engines); ++i) {
     const std::vector<int> where = cpus.empty() ? std::vector<int>{} : cpus[i % cpus.size()];
-    engines_.push_back(std::make_unique<Engine>(published_, board_, i, spin_us, where));
+    engines_.push_back(std::make_unique<Engine>(published_, board_, i, spin_us, where, order));
   }
   epoll_ = Fd(epoll_create1(EPOLL_CLOEXEC));
   wake_ = Fd(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
@@ -362,6 +362,9 @@ std::string SidecarServer::serve_frame(const std::byte* frame, size_t bytes) {
   } else if (published_.draining_since_ns.load(std::memory_order_relaxed) != 0) {
     header.status = int32_t(Status::draining);
     header.lookup_id = request.header.lookup_id;
+  } else if (too_late(request.header)) {
+    header.status = int32_t(Status::deadline);
+    header.lookup_id = request.header.lookup_id;
   } else {
     const bool old = previous && tables && request.header.epoch == uint64_t(previous->epoch()) && tables->epoch() != previous->epoch();
     if (old) tables = previous;
@@ -389,6 +392,7 @@ std::string SidecarServer::serve_frame(const std::byte* frame, size_t bytes) {
   std::lock_guard lock(direct_.mutex);
   direct_.counters.statuses[size_t(header.status)].add();
   direct_.counters.served.add();
+  if (header.status == 0) direct_.service_time.learn(header.finished_ns - header.started_ns, request.header.value_count);
   direct_.counters.pool.record_ns(header.finished_ns - header.started_ns);
   direct_.lane.received.add();
   direct_.lane.sent.add();
@@ -401,6 +405,15 @@ std::string SidecarServer::serve_frame(const std::byte* frame, size_t bytes) {
   }
   for (size_t i = 0; i < counters.size(); ++i) direct_.tables[i].add(counters[i]);
   return out;
+}
+
+// A grpc lane's frames do not queue here: only their own time counts.
+bool SidecarServer::too_late(const RequestHeader& request) {
+  std::lock_guard lock(direct_.mutex);
+  const bool late = direct_.service_time.of(request.value_count) > request.budget_ns || request.budget_ns == 0;
+  if (late) direct_.service_time.doubt();
+  direct_.counters.shed.add(late);
+  return late;
 }
 
 void SidecarServer::drain() { published_.draining_since_ns.store(now_ns(), std::memory_order_relaxed); }
@@ -428,7 +441,7 @@ std::vector<LaneStats> SidecarServer::lane_stats() const {
   std::map<std::string, LaneCounters> dropped;
   const auto push = [&](uint64_t id, const std::string& kind, int engine, const LaneCounters& c) {
     all.push_back({id, kind, engine, c.received.get(), c.sent.get(), c.request_bytes.get(), c.response_bytes.get(), c.credit_waits.get(),
-                   c.busy_ns.get(), c.queued.get(), c.queued_bytes.get(), c.grants.get(), c.grant_us.get()});
+                   c.busy_ns.get(), c.queued.get(), c.queued_bytes.get(), c.grants.get(), c.grant_us.get(), c.late_bytes.get()});
   };
   for (size_t e = 0; e < engines_.size(); ++e)
     engines_[e]->read_lanes([&](uint64_t id, const std::string& kind, bool live, const LaneCounters& c) {

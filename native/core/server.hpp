@@ -19,7 +19,7 @@ struct LaneStats {
   std::string kind;
   int engine;  // -1: the sum over lanes that have gone
   int64_t received, sent, request_bytes, response_bytes, credit_waits, busy_ns, queued, queued_bytes;
-  int64_t grants, grant_us;
+  int64_t grants, grant_us, late_bytes;
 };
 
 // Thread-safe. One acceptor thread does every handshake; it never touches a lane once an engine has it.
@@ -27,7 +27,7 @@ class SidecarServer {
  public:
   // `cpus[i % size]` says where engine i may run; empty: anywhere.
   SidecarServer(int engines, uint32_t spin_us, uint32_t max_lanes, uint64_t max_frame_bytes,
-                const std::vector<std::vector<int>>& cpus = {});
+                const std::vector<std::vector<int>>& cpus = {}, Order order = Order::edf);
   ~SidecarServer();
 
   void publish(std::shared_ptr<const TableSet> tables) { published_.set(std::move(tables)); }
@@ -59,6 +59,7 @@ class SidecarServer {
     EngineCounters counters;
     LaneCounters lane;
     std::vector<TableCounters> tables;
+    ServiceTime service_time;
   };
   Direct& direct() { return direct_; }
 
@@ -87,6 +88,7 @@ class SidecarServer {
   Engine& least_loaded();
   std::unique_ptr<ServerLane> numbered(std::unique_ptr<ServerLane> lane);
   int64_t lanes() const;
+  bool too_late(const RequestHeader& request);
 
   Published published_;
   Board board_;

@@ -20,6 +20,7 @@ struct LaneCounters {
   Counter received, sent, request_bytes, response_bytes, credit_waits, busy_ns;
   Counter grants, grant_us;  // tcp, peers of this host: grants that came, and the time from being due to being seen
   Counter queued, queued_bytes;  // requests waiting at this moment
+  Counter late_bytes;            // of responses that stayed here: their deadlines passed while they waited to leave
   void add(const LaneCounters& other) {
     received.add(other.received.get());
     sent.add(other.sent.get());
@@ -29,6 +30,7 @@ struct LaneCounters {
     busy_ns.add(other.busy_ns.get());
     grants.add(other.grants.get());
     grant_us.add(other.grant_us.get());
+    late_bytes.add(other.late_bytes.get());
   }
 };
 
@@ -68,8 +70,8 @@ class ServerLane : public ResponseSink {
   // The request of a slot that collect named: the frame and its length (already checked against the slot).
   virtual std::pair<const std::byte*, size_t> request(uint32_t slot) const = 0;
   virtual std::pair<std::byte*, size_t> payload(uint32_t slot) = 0;
-  // From now on progress() speaks of this slot.
-  virtual void begin(uint32_t slot, const ParsedRequest& request) = 0;
+  // From now on progress() speaks of this slot. Nobody waits for what leaves after `deadline_ns`.
+  virtual void begin(uint32_t slot, const ParsedRequest& request, uint64_t deadline_ns) = 0;
   // The subrequest is over: publish what has not been published and the header. False: drop the lane.
   virtual bool finish(ResponseHeader header) = 0;
   // The socket can take more bytes.

@@ -57,7 +57,7 @@ class ShmServerLane final : public ServerLane {
     return {response(slot) + sizeof(ResponseHeader), limits_.response_bytes - sizeof(ResponseHeader)};
   }
 
-  void begin(uint32_t slot, const ParsedRequest&) override {
+  void begin(uint32_t slot, const ParsedRequest&, uint64_t) override {
     slot_ = slot;
     payload_bytes_ = 0;
     done_ = 0;

@@ -60,6 +60,7 @@ class TcpClientLane final : public ClientLane {
   }
 
   const char* kind() const override { return "tcp"; }
+  bool windowed() const override { return true; }
   int fd() const override { return socket_.get(); }
   std::byte* request(uint32_t slot) override { return memory_.data() + slot * limits_.request_bytes; }
   std::byte* response(uint32_t slot) override {
@@ -273,6 +274,7 @@ class TcpClientLane final : public ClientLane {
     if (window_.due()) give_grant();
     const uint32_t done = incoming_.first + incoming_.count;
     if (incoming_.flags & kLastPiece) {
+      marks_.store(incoming_.marks, std::memory_order_relaxed);
       std::memcpy(response(incoming_.slot), &incoming_, sizeof incoming_);
       mark_done(incoming_.slot, done);
     } else {

@@ -1,3 +1,5 @@
+#include <linux/tcp.h>
+#include <netinet/in.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
 
@@ -16,6 +18,10 @@ namespace {
 // Responses leave in pieces of about this size while pooling goes on: large enough that a system call is a small part
 // of its cost (a 256 KiB copy takes ~25 µs, a sendmsg ~1 µs), small enough to overlap with the next tables.
 constexpr size_t kPieceBytes = 256 << 10;
+
+// How often the kernel is asked what the network did to a lane's segments: often enough that the ranker hears of congestion
+// within a few round trips, rarely enough that a busy lane does not notice the microsecond.
+constexpr uint64_t kMarksNs = 1'000'000;
 
 class TcpServerLane final : public ServerLane {
  public:
@@ -87,8 +93,9 @@ class TcpServerLane final : public ServerLane {
     return {response_slot(slot), limits_.response_bytes - sizeof(ResponseHeader)};
   }
 
-  void begin(uint32_t slot, const ParsedRequest& request) override {
+  void begin(uint32_t slot, const ParsedRequest& request, uint64_t deadline_ns) override {
     slot_ = slot;
+    deadline_ns_ = deadline_ns;
     partial_ = {};
     partial_.slot = slot;
     partial_.lookup_id = request.header.lookup_id;
@@ -106,6 +113,7 @@ class TcpServerLane final : public ServerLane {
 
   bool finish(ResponseHeader header) override {
     counters_.sent.add();
+    header.marks = marks(header.finished_ns);
     window_.consumed(request(slot_).second);
     if (!grants_) {
       const Grant grant{window_.grant(), now_ns()};
@@ -127,6 +135,7 @@ class TcpServerLane final : public ServerLane {
     ResponseHeader header;
     const std::byte* payload;
     size_t payload_bytes;
+    uint64_t deadline_ns;
     size_t sent;
     bool paid;  // its credit is spent
   };
@@ -147,6 +156,7 @@ class TcpServerLane final : public ServerLane {
     piece.payload = response_slot(slot_) + flushed_;
     piece.payload_bytes = ready_ - flushed_;
     piece.header.frame_bytes = sizeof(ResponseHeader) + piece.payload_bytes;
+    piece.deadline_ns = deadline_ns_;
     piece.sent = 0;
     piece.paid = false;
     first_ = done_;
@@ -171,6 +181,26 @@ class TcpServerLane final : public ServerLane {
     return alive_;
   }
 
+  // The ranker has stopped waiting for this response: what has not begun to leave would only delay the others.
+  void let_go(Piece& piece) {
+    counters_.late_bytes.add(int64_t(piece.payload_bytes));
+    counters_.response_bytes.add(-int64_t(piece.payload_bytes));
+    piece.payload_bytes = 0;
+    piece.header.count = 0;
+    piece.header.status = int32_t(Status::deadline);
+    piece.header.frame_bytes = sizeof piece.header;
+  }
+
+  // Marked or sent again, over the lane's life; read at most every kMarksNs.
+  uint32_t marks(uint64_t now) {
+    if (now - marks_read_ns_ < kMarksNs) return marks_;
+    marks_read_ns_ = now;
+    tcp_info info{};
+    socklen_t length = sizeof info;
+    if (getsockopt(fd(), IPPROTO_TCP, TCP_INFO, &info, &length) == 0) marks_ = info.tcpi_total_retrans + info.tcpi_delivered_ce;
+    return marks_;
+  }
+
   bool pay(Piece& piece) {
     const uint64_t bytes = piece.header.frame_bytes;
     piece.paid = credit_.covers(bytes) || (grants_ && read_grants() && credit_.covers(bytes));
@@ -183,6 +213,11 @@ class TcpServerLane final : public ServerLane {
     starved_ = false;
     while (alive_ && head_ != tail_) {
       Piece& piece = pieces_[head_ % pieces_.size()];
+      if (!piece.paid && now_ns() > piece.deadline_ns) let_go(piece);
+      if (piece.payload_bytes == 0 && (piece.header.flags & kLastPiece) == 0) {
+        ++head_;
+        continue;
+      }
       starved_ = !piece.paid && !pay(piece);
       if (starved_) return;
       iovec parts[2];
@@ -224,6 +259,9 @@ class TcpServerLane final : public ServerLane {
   bool alive_ = true;
   std::vector<Piece> pieces_;  // ring
   size_t head_ = 0, tail_ = 0;
+  uint64_t deadline_ns_ = 0;
+  uint64_t marks_read_ns_ = 0;
+  uint32_t marks_ = 0;
   uint32_t slot_ = 0, first_ = 0, done_ = 0;
   size_t flushed_ = 0, ready_ = 0;
   ResponseHeader partial_;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -278,6 +279,27 @@ def test_many_threads_get_their_own_answers(client: EmbeddingClient, world: Worl
     with ThreadPoolExecutor(8) as pool:
         for done in [pool.submit(look_up, seed) for seed in range(200)]:
             done.result()
+
+
+def test_whatever_its_budget_a_lookup_is_right_or_named_late(client: EmbeddingClient, world: World) -> None:
+    budgets_ms = (PATIENT_MS, 0.02, 0.2, 2.0)
+    before = client.stats()["statuses"]
+
+    def look_up(seed: int) -> str:
+        bags = random_bags(world.plan, 1 + seed % 90, seed=seed)
+        try:
+            found = client.lookup(bags.values, bags.lengths, bags.weights, deadline_ms=budgets_ms[seed % 4], priority=seed % 3 - 1)
+        except (DeadlineExceeded, Overloaded) as e:
+            return e.code
+        assert_answers(world, bags, found)
+        return "OK"
+
+    with ThreadPoolExecutor(8) as pool:
+        ends = Counter(pool.map(look_up, range(200)))
+    assert ends["OK"] >= 50
+    counted = {code: n - before[code] for code, n in client.stats()["statuses"].items() if n != before[code]}
+    assert counted == ends
+    assert_still_works(client, world)
 
 
 def test_asyncio_callers_get_the_same(lane: Lane, world: World, served_plan: Plan) -> None:

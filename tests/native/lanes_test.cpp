@@ -16,6 +16,7 @@
 
 #include "check.hpp"
 #include "client.hpp"
+#include "cluster.hpp"
 #include "connect.hpp"
 #include "server.hpp"
 
@@ -32,40 +33,6 @@ __attribute__((noinline)) void operator delete(void* p, size_t) noexcept { std::
 using namespace sidepool;
 
 namespace {
-
-// tcp with credits on a connection of their own. Windows are as small as they get, so that both ends wait for credit.
-const std::string kApart = "tcp, credits apart";
-constexpr uint64_t kSmallest = 1;
-
-constexpr int kFeatures = 6;
-constexpr int64_t kRows = 1000;
-constexpr int kDim = 16;
-
-std::shared_ptr<TableSet> make_tables(int sidecar, int sidecars) {
-  auto tables = std::make_shared<TableSet>(5, kFeatures, kFeatures);
-  std::vector<float> rows(kRows * kDim);
-  for (int f = 0; f < kFeatures; ++f) {
-    if (f % sidecars != sidecar) continue;
-    for (int64_t r = 0; r < kRows; ++r)
-      for (int d = 0; d < kDim; ++d) rows[size_t(r * kDim + d)] = float(f * 10000 + r);
-    tables->add_copy(f, rows.data(), kRows, kDim, RowFormat::fp32, OutOfRange::error, 0);
-    tables->add_feature(f, f, Pooling::sum, false);
-  }
-  tables->seal();
-  return tables;
-}
-
-Routes make_routes(int sidecars) {
-  Routes routes;
-  routes.sidecars = sidecars;
-  for (int f = 0; f < kFeatures; ++f) {
-    RoutedFeature feature;
-    feature.rows = kRows;
-    feature.dim = kDim;
-    routes.add_whole(feature, f % sidecars);
-  }
-  return routes;
-}
 
 // The same tables with their rows cut in the middle: each of two sidecars holds one half, or, with `copies`, both.
 std::shared_ptr<TableSet> make_halves(int sidecar, bool copies) {
@@ -98,72 +65,9 @@ Routes halves(bool copies) {
   return routes;
 }
 
-std::string socket_path(int i) { return "/tmp/sidepool-lanes-test-" + std::to_string(getpid()) + "-" + std::to_string(i); }
-
-std::string fresh_token() {
-  static std::atomic<uint64_t> next{1};
-  std::string token(16, '\0');
-  const uint64_t n = next.fetch_add(1);
-  std::memcpy(token.data(), &n, sizeof n);
-  return token;
+void publish_halves(const Cluster& cluster, bool copies) {
+  for (size_t s = 0; s < cluster.servers.size(); ++s) cluster.servers[s]->publish(make_halves(int(s), copies));
 }
-
-struct Cluster {
-  std::vector<std::unique_ptr<SidecarServer>> servers;
-  std::vector<int> ports;
-  explicit Cluster(int sidecars, int engines = 1, const std::string& kind = "tcp") {
-    for (int s = 0; s < sidecars; ++s) {
-      servers.push_back(std::make_unique<SidecarServer>(engines, 5, 64, 64 << 20));
-      servers.back()->publish(make_tables(s, sidecars));
-      servers.back()->listen_unix(socket_path(s));
-      ports.push_back(servers.back()->listen_tcp("127.0.0.1", 0, {kind == kApart, kSmallest, 0, 192}));
-    }
-  }
-  void publish_halves(bool copies) {
-    for (size_t s = 0; s < servers.size(); ++s) servers[s]->publish(make_halves(int(s), copies));
-  }
-  std::shared_ptr<ClientLane> connect(int s, const std::string& kind, uint32_t slots = 4, uint64_t request = 1 << 16, uint64_t response = 1 << 18) {
-    const std::string token = fresh_token();
-    servers[size_t(s)]->expect(token, kind == kApart ? "tcp" : kind, {slots, request, response}, 5);
-    return kind == "shm" ? connect_shm(socket_path(s), token, 5) : connect_tcp("127.0.0.1", ports[size_t(s)], token, 5, kSmallest);
-  }
-  void attach(LookupClient& client, const std::string& kind) {
-    for (size_t s = 0; s < servers.size(); ++s) client.attach(int32_t(s), connect(int(s), kind));
-  }
-};
-
-// One thread's lookups, each checked: ids and batch random, values known in closed form.
-struct Looker {
-  std::mt19937 rng;
-  std::vector<int64_t> ids;
-  std::vector<float> out;
-  explicit Looker(unsigned seed) : rng(seed) {}
-
-  LookupResult look(LookupClient& client, int64_t batch, uint64_t budget_ns = 5'000'000'000) {
-    ids.resize(size_t(batch * kFeatures));
-    for (auto& id : ids) id = int64_t(rng() % kRows);
-    out.assign(size_t(batch * kFeatures * kDim), -1.f);
-    Part part;
-    part.values = ids.data();
-    part.value_count = int64_t(ids.size());
-    part.fixed_batch = batch;
-    part.fixed_width = kFeatures;
-    LookupCall call;
-    call.parts = &part;
-    call.part_count = 1;
-    call.out = {reinterpret_cast<std::byte*>(out.data()), kFeatures * kDim, nullptr, OutputFormat::fp32};
-    call.budget_ns = budget_ns;
-    return client.lookup(call);
-  }
-
-  bool right(int64_t batch) const {
-    for (int64_t b = 0; b < batch; ++b)
-      for (int f = 0; f < kFeatures; ++f)
-        for (int d = 0; d < kDim; ++d)
-          if (out[size_t((b * kFeatures + f) * kDim + d)] != float(f * 10000 + ids[size_t(b * kFeatures + f)])) return false;
-    return true;
-  }
-};
 
 void many_threads_share_a_lane(const std::string& kind) {
   Cluster cluster(2, 2, kind);
@@ -333,7 +237,7 @@ void lost_sidecars_degrade_to_zeros_where_asked() {
 
 void steady_state_allocates_nothing(const std::string& kind) {
   Cluster cluster(2, 2, kind);
-  LookupClient client(5, make_routes(2), 5, false);
+  LookupClient client(5, make_routes(2), 5, false, {.window_delay_ns = 1'000'000, .max_ids = 1 << 20});
   for (int s : {0, 1}) client.attach(s, cluster.connect(s, kind, 4, 1 << 18, 2 << 20));
   Looker looker(1);
   for (int i = 0; i < 50; ++i) CHECK(looker.look(client, i % 10 == 0 ? 4000 : 64).status == Status::ok);
@@ -349,8 +253,8 @@ void steady_state_allocates_nothing(const std::string& kind) {
 
 void cut_tables_allocate_nothing_either(const std::string& kind) {
   Cluster cluster(2, 2);
-  cluster.publish_halves(true);
-  LookupClient client(5, halves(true), 5, false, 0.05);
+  publish_halves(cluster, true);
+  LookupClient client(5, halves(true), 5, false, {.hedge_budget = 0.05});
   for (int s : {0, 1}) client.attach(s, cluster.connect(s, kind, 4, 1 << 18, 2 << 20));
   Looker looker(1);
   const auto look = [&](int64_t batch) { return looker.look(client, batch).status == Status::ok && looker.right(batch); };
@@ -368,8 +272,8 @@ void cut_tables_allocate_nothing_either(const std::string& kind) {
 // Whatever dies while lookups run, the other replica answers: none fails, none is wrong.
 void replicas_take_over_from_lost_lanes(const std::string& kind) {
   Cluster cluster(2);
-  cluster.publish_halves(true);
-  LookupClient client(5, halves(true), 5, false, 0.05);
+  publish_halves(cluster, true);
+  LookupClient client(5, halves(true), 5, false, {.hedge_budget = 0.05});
   cluster.attach(client, kind);
   std::atomic<bool> stop{false};
   std::atomic<int64_t> bad{0};

@@ -14,14 +14,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 from etcd_server import PREFIX, etcd_server
+from numpy.typing import NDArray
 from served_dlrm import Served, served
+from tritonclient.grpc import InferenceServerException
 
 from sidepool.bench.deployment import DISAGGREGATED
 from sidepool.bench.stage_table import between, snapshot
 from sidepool.bench.traffic import Caller, infer_inputs
 from sidepool.bench.triton_server import SHM, TritonServer, missing, processes_of_group
+from sidepool.client import ScoreClient
 from sidepool.probe import probe
-from sidepool.wire.errors import TransportError
+from sidepool.wire.errors import DeadlineExceeded, TransportError
 from sidepool.wire.plan import load_plan
 
 pytestmark = pytest.mark.triton
@@ -78,8 +81,30 @@ def test_the_stages_of_a_request_are_reported_as_metrics(running: Served) -> Non
 
 
 def test_an_expired_timeout_is_a_deadline_error(running: Served) -> None:
-    assert "[DEADLINE]" in running.refusal(running.request(4), timeout=1)
+    # Triton's queue knows it first, if a request waits there at all.
+    said = running.refusal(running.request(4), timeout=1)
+    assert "[DEADLINE]" in said or "Request timeout expired" in said
+    with pytest.raises(InferenceServerException, match="Deadline Exceeded"):
+        running.infer(running.request(4), client_timeout=1e-6)
     running.check_serving()
+
+
+def test_moments_and_priorities_reach_the_ranker(running: Served) -> None:
+    def ask(**parameters: int) -> NDArray[np.float32]:
+        return running.infer(running.request(3, 5), parameters=parameters)
+
+    now_us = time.time_ns() // 1000
+    np.testing.assert_allclose(ask(deadline_unix_us=now_us + 60_000_000, lookup_priority=7), running.expected(3, 5), atol=1e-5)
+    with pytest.raises(InferenceServerException, match=r"\[DEADLINE\] parameter deadline_unix_us: passed"):
+        ask(deadline_unix_us=now_us - 1)
+    with pytest.raises(InferenceServerException, match=r"\[REJECTED\] parameter lookup_priority: found 2147483648"):
+        ask(lookup_priority=1 << 31)
+    dense, ids = running.request(3, 5).values()
+    with ScoreClient(running.deployment.server.grpc, DISAGGREGATED) as client:
+        (scores,) = client.score({"dense": dense, "sparse": ids}, deadline_ms=60_000, priority=1).values()
+        np.testing.assert_allclose(scores.reshape(-1), running.expected(3, 5), atol=1e-5)
+        with pytest.raises(DeadlineExceeded):
+            client.score({"dense": dense, "sparse": ids}, deadline_ms=0.002)
 
 
 def test_cancelled_requests_leave_the_server_serving(running: Served) -> None:

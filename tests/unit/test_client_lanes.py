@@ -47,6 +47,10 @@ def test_wrong_options_are_named() -> None:
         LaneOptions(lane="tcp", shards=(Path("x"),))
     with pytest.raises(ConfigError, match="shards_dir: missing"):
         LaneOptions(lane="local")
+    with pytest.raises(ConfigError, match=r"window_delay_us: found -1; allowed: 0 \(off\) to 1000000"):
+        LaneOptions(window_delay_us=-1)
+    with pytest.raises(ConfigError, match=r"max_ids: found -1; allowed: 0 \(no bound\)"):
+        LaneOptions(max_ids=-1)
     with pytest.raises(ConfigError, match="connect_timeout_s: found 0"):
         LaneOptions(connect_timeout_s=0)
 

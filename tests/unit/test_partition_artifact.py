@@ -110,7 +110,7 @@ def test_fixed_width_inputs_keep_sample_batching(fixed: tuple[PartitionReport, t
     for expected in (
         'name: "dlrm"', 'backend: "python"', "max_batch_size: 512", '{ name: "dense" data_type: TYPE_FP32 dims: [ 13 ] }',
         '{ name: "sparse" data_type: TYPE_INT64 dims: [ 26 ] }', '{ name: "score" data_type: TYPE_FP32 dims: [ 1 ] }',
-        "dynamic_batching { max_queue_delay_microseconds: 0 }", "kind: KIND_CPU", 'key: "lane" value { string_value: "shm" }',
+        "max_queue_delay_microseconds: 0", "max_queue_size: 1024", "kind: KIND_CPU", 'key: "lane" value { string_value: "shm" }',
         'key: "deadline_ms" value { string_value: "1000" }',
     ):  # fmt: skip
         assert expected in text
@@ -133,11 +133,14 @@ def test_jagged_inputs_let_the_batch_dimension_mean_request(jagged: PartitionRep
 
 
 def test_options_reach_the_configuration(jagged: PartitionReport) -> None:
-    options = TritonOptions(max_batch=7, max_queue_delay_us=50, instance_kind="gpu", instances=2, lane="tcp", deadline_ms=30)
+    options = TritonOptions(
+        max_batch=7, max_queue_delay_us=50, max_queue=9, instance_kind="gpu", instances=2, lane="tcp", deadline_ms=30
+    )
     text = config_text(jagged.model, options)
     for expected in (
         "max_batch_size: 7",
         "microseconds: 50",
+        "max_queue_size: 9",
         "count: 2 kind: KIND_GPU",
         'string_value: "tcp"',
         'string_value: "30"',
@@ -194,7 +197,7 @@ def test_triton_can_parse_both_configurations(fixed: tuple[PartitionReport, torc
         assert {i.name for i in config.input} == inputs
         assert {i.allow_ragged_batch for i in config.input} == {report.model.jagged}
         assert config.parameters["lane"].string_value == "shm"
-        assert config.HasField("dynamic_batching")
+        assert config.dynamic_batching.default_queue_policy.allow_timeout_override
 
 
 def test_the_shim_is_short_and_imports_only_the_backend(fixed: tuple[PartitionReport, torch.nn.Module]) -> None:

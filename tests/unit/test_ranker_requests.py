@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -158,6 +159,29 @@ def test_a_spent_budget_is_a_deadline_error(deadline_ms: float) -> None:
 def test_a_budget_that_is_none_is_refused_by_name(deadline_ms: Any) -> None:
     with pytest.raises(LookupRejected, match="deadline_ms"):
         fixed_reader().read(0, fixed_request(given={"deadline_ms": deadline_ms}))
+
+
+def test_a_moment_counts_where_it_comes_before_the_budget_ends() -> None:
+    def budget_ms(moment_ms: float, **more: Any) -> float:
+        moment_us = int(time.time() * 1e6 + moment_ms * 1e3)
+        return fixed_reader().read(0, fixed_request(given={"deadline_unix_us": moment_us, **more})).budget_ns / 1e6
+
+    assert 50_000 < budget_ms(60_000, deadline_ms=3_600_000) <= 60_000
+    assert budget_ms(60_000, deadline_ms=7) == 7
+    assert budget_ms(60_000) == 250  # the default
+    with pytest.raises(DeadlineExceeded, match="deadline_unix_us: passed"):
+        budget_ms(-1)
+    with pytest.raises(LookupRejected, match="deadline_unix_us: found 'noon'"):
+        fixed_reader().read(0, fixed_request(given={"deadline_unix_us": "noon"}))
+
+
+def test_a_priority_is_a_whole_number_that_a_frame_holds() -> None:
+    for right in (-3, 0, 2**31 - 1):
+        assert fixed_reader().read(0, fixed_request(given={"lookup_priority": right})).priority == right
+    assert fixed_reader().read(0, fixed_request()).priority == 0
+    for wrong in ("high", 1.5, 2**31, None):
+        with pytest.raises(LookupRejected, match=f"lookup_priority: found {wrong!r}; allowed"):
+            fixed_reader().read(0, fixed_request(given={"lookup_priority": wrong}))
 
 
 def test_the_trace_context_comes_from_the_parameter_or_from_triton() -> None:
