@@ -14,9 +14,9 @@ OK, WAITING, LOST, MALFORMED, UNANSWERED, NOT_SENT = 0, -1, 100, 101, 102, 103
 OUTCOMES = {OK: "OK", LOST: "connection lost", MALFORMED: "malformed reply", UNANSWERED: "unanswered", NOT_SENT: "not sent"}
 # Threads, or connections, of one load: more would only wait for each other.
 MOST_AT_ONCE = 1024
-# A thread that waits for a time spins this long before it: about what waking from a sleep takes on a virtual machine. At 1,000
-# requests per second that is at most a twentieth of its core.
-SPIN_US = 50
+# A thread that waits for a time spins this long before it: most of what waking from a sleep takes, and at 1,000 requests per second
+# at most a fiftieth of its core.
+SPIN_US = 20
 
 
 def check_at_once(name: str, count: int) -> int:
