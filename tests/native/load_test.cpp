@@ -155,7 +155,7 @@ void lying_servers_are_counted_and_the_run_ends() {
       }
     }
     Liar liar(bytes, kind % 2 == 0);
-    const auto load = make_grpc_load({"127.0.0.1", liar.port, "/a.B/C", 2, 1 << 20, 0, {"WORD"}}, {{"hello"}, {std::string(50'000, 'x'), 20, 1000}});
+    const auto load = make_grpc_load({"127.0.0.1", liar.port, "/a.B/C", 1, 1 << 20, 0, {"WORD"}}, {{"hello"}, {std::string(50'000, 'x'), 20, 1000}});
     Run run(60, 3'000'000, 2);
     const uint64_t begin = now_ns();
     run.on(*load);
