@@ -47,8 +47,9 @@ class TritonPythonModel:
         """Load the model; `torch_threads` of the configuration is respected as in the disaggregated model."""
         import torch
         import triton_python_backend_utils as pb_utils
+        from torch.utils._pytree import tree_leaves
 
-        self._torch, self._pb = torch, pb_utils
+        self._torch, self._pb, self._leaves = torch, pb_utils, tree_leaves
         config = json.loads(args["model_config"])
         parameters = {k: v["string_value"] for k, v in config["parameters"].items()}
         if threads := int(parameters["torch_threads"]):  # 0 leaves torch's choice
@@ -56,7 +57,7 @@ class TritonPythonModel:
         names = [entry["name"] for entry in config["input"]]
         self._jagged = [name for name in names if name.endswith((".lengths", ".values"))]
         self._plain = [name for name in names if name not in self._jagged]
-        self._output = config["output"][0]["name"]
+        self._outputs = [entry["name"] for entry in config["output"]]
         path = Path(args["model_repository"]) / args["model_version"] / MODEL_FILE
         self._model = torch.load(path, weights_only=False).eval()
 
@@ -65,12 +66,14 @@ class TritonPythonModel:
         torch = self._torch
         with torch.inference_mode():
             inputs, sizes = self._gather_jagged(requests) if self._jagged else self._gather_fixed(requests)
-            scores = self._model(*inputs).numpy()
+            outputs = [leaf.numpy() for leaf in self._leaves(self._model(*inputs))]
         responses, at = [], 0
         for size in sizes:
-            rows = scores[at : at + size]
-            tensor = self._pb.Tensor(self._output, rows[None] if self._jagged else rows)
-            responses.append(self._pb.InferenceResponse([tensor]))
+            rows = [output[at : at + size] for output in outputs]
+            tensors = [
+                self._pb.Tensor(name, part[None] if self._jagged else part) for name, part in zip(self._outputs, rows, strict=True)
+            ]
+            responses.append(self._pb.InferenceResponse(tensors))
             at += size
         return responses
 

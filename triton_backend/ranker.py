@@ -13,8 +13,10 @@ from sidepool.client.dense import DenseGraph
 from sidepool.client.embedding import EmbeddingClient, PartsResult
 from sidepool.client.index_program import FeatureRouter
 from sidepool.triton_backend.admission import Admission
+from sidepool.triton_backend.controller import SplitController
 from sidepool.triton_backend.incoming import Incoming, Reader
-from sidepool.triton_backend.settings import Settings
+from sidepool.triton_backend.settings import RankerParameters, Settings
+from sidepool.triton_backend.splitting import SplitDense
 from sidepool.triton_backend.stages import StageReporter, StageTimes
 from sidepool.wire.errors import DeadlineExceeded, LookupRejected, SidepoolError
 from sidepool.wire.etcd_members import EtcdMembers
@@ -29,6 +31,8 @@ from sidepool.wire.rdma import RdmaPath
 SAMPLES_WORTH_ASKING = 4096
 # Buffers grow by doubling from here, so that steady traffic allocates nothing.
 FIRST_BUFFER_ROWS = 512
+# How far from the configured split_samples the online controller goes, as a factor: two steps each way.
+SPLIT_RANGE = 4
 # Batch sizes whose views are kept; more than a server sees in steady traffic, and under a megabyte.
 MAX_VIEWS = 1024
 
@@ -54,6 +58,18 @@ class Ranker:
         self._reader = Reader(model, router, parameters.deadline_ms)
         self._admission = Admission(parameters.max_ids)
         self._dense = DenseGraph(model, settings.artifact, device=settings.device, threads=parameters.torch_threads or None)
+        on_cpu = None
+        if parameters.gpu_min_samples and settings.device != "cpu":
+            on_cpu = DenseGraph(model, settings.artifact, threads=parameters.torch_threads or None)
+        self._split = SplitDense(
+            self._dense,
+            workers=parameters.workers,
+            split_samples=parameters.split_samples,
+            torch_threads=parameters.torch_threads,
+            cpu=on_cpu,
+            gpu_min_samples=parameters.gpu_min_samples,
+        )
+        self._controller = _controller(parameters)
         self._outputs = model.outputs
         self._names_degraded = DEGRADED_OUTPUT in settings.outputs
         self._warn_of_unnamed(plan)
@@ -91,6 +107,7 @@ class Ranker:
     def close(self) -> None:
         """Stop reporting and close every lane."""
         self._reporter.close()
+        self._split.close()
         self._client.close()
         if self._members is not None:
             self._members.close()
@@ -139,7 +156,7 @@ class Ranker:
             traceparent=next((incoming.traceparent for incoming in accepted if incoming.traceparent), None),
         )
         dense_ns = time.perf_counter_ns()
-        outputs = [tensor.numpy() for tensor in self._dense.run(pooled, result.sequences, inputs)]
+        outputs = self._split.run(pooled, result.sequences, inputs)
         out_ns = time.perf_counter_ns()
         self._admission.learn(samples, out_ns - begin_ns)
         self._respond(accepted, result, outputs, responses, out_ns - begin_ns)
@@ -152,6 +169,15 @@ class Ranker:
             dense_ns=out_ns - dense_ns,
             tensors_out_ns=time.perf_counter_ns() - out_ns,
         )
+        if self._controller is not None:
+            self._adjust(self._controller, out_ns - begin_ns)
+
+    def _adjust(self, controller: SplitController, elapsed_ns: int) -> None:
+        step = controller.observe(elapsed_ns)
+        if step is not None:
+            self._pb.Logger.log_info(f"sidepool: split_samples {self._split.split_samples} -> {controller.split_samples} ({step})")
+            self._split.split_samples = controller.split_samples
+            self._times.add_adjustment(step)
 
     def _respond(
         self,
@@ -229,6 +255,18 @@ class Ranker:
         if len(accepted) == 1:
             return {name: from_numpy(array) for name, array in accepted[0].inputs.items()}
         return {name: from_numpy(array) for name, array in self._reader.merged(accepted).items()}
+
+
+def _controller(parameters: RankerParameters) -> SplitController | None:
+    """None where nothing is to be adjusted: no limit, or nothing to split over."""
+    if not parameters.limit_ms or not parameters.split_samples:
+        return None
+    return SplitController(
+        limit_ms=parameters.limit_ms,
+        split_samples=parameters.split_samples,
+        least=max(1, parameters.split_samples // SPLIT_RANGE),
+        most=parameters.split_samples * SPLIT_RANGE,
+    )
 
 
 def _empty(spec: TensorSpec) -> NDArray[Any]:

@@ -37,6 +37,14 @@ class RankerParameters(Frozen):
     """Budget of a request that brings none: any healthy request takes tens of milliseconds."""
     torch_threads: Annotated[int, Field(ge=0, le=1024)] = 0
     """Threads of one dense forward on the CPU. 0 leaves torch's choice, all cores."""
+    workers: Annotated[int, Field(ge=1, le=1024)] = 1
+    """Threads of this instance that share the sub-batches of a batch, each with its own torch_threads."""
+    split_samples: Annotated[int, Field(ge=0, le=1 << 20)] = 0
+    """The dense forward of a larger batch runs in sub-batches of at most so many samples; 0: whole."""
+    gpu_min_samples: Annotated[int, Field(ge=0, le=1 << 20)] = 0
+    """Instances on a GPU: batches of fewer samples run on the CPU."""
+    limit_ms: Annotated[float, Field(ge=0, le=3_600_000)] = 0.0
+    """The p95 limit that requests are served for: split_samples is then adjusted to the load while requests flow; 0: it stays."""
     pooling: Literal["sidecar", "ranker"] = "sidecar"
     """Where bags are pooled. ranker: rows travel, for comparison."""
     hedge_budget: Annotated[float, Field(ge=0, le=1)] = 0.0

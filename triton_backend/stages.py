@@ -34,6 +34,7 @@ class StageTimes:
         self.lookups: dict[tuple[str, ...], NDArray[np.int64]] = {}
         """Summed native timings, by the sidecars whose rows they are: one entry, two around a change of plans."""
         self.errors: Counter[str] = Counter()
+        self.adjustments: Counter[str] = Counter()
 
     def add(
         self,
@@ -64,10 +65,15 @@ class StageTimes:
         with self._lock:
             self.errors[code] += 1
 
+    def add_adjustment(self, direction: str) -> None:
+        """The online controller changed `split_samples`."""
+        with self._lock:
+            self.adjustments[direction] += 1
+
     def take(self) -> dict[tuple[str, str, str], float]:
         """`(metric, label value, second label value) -> increment` since the last call; zeros are left out."""
         with self._lock:
-            lookups, errors = self.lookups, self.errors
+            lookups, errors, adjustments = self.lookups, self.errors, self.adjustments
             route_ns, merge_ns = (sum(int(sums[0, column]) for sums in lookups.values()) for column in (_ROUTE, _MERGE))
             own = (self.tensors_in_ns, route_ns, merge_ns, self.dense_ns, self.tensors_out_ns)
             counts = {"executes": self.executes, "requests": self.requests, "samples": self.samples}
@@ -82,6 +88,7 @@ class StageTimes:
                 taken["sidecar_bytes", sidecar, "request"] += row[4]
                 taken["sidecar_bytes", sidecar, "response"] += row[5]
         taken |= {("errors", code, ""): float(n) for code, n in errors.items()}
+        taken |= {("adjustments", direction, ""): float(n) for direction, n in adjustments.items()}
         return {key: value for key, value in taken.items() if value}
 
 
@@ -101,6 +108,7 @@ class StageReporter:
                 "requests": ("Requests answered with scores", ()),
                 "samples": ("Samples scored", ()),
                 "errors": ("Requests answered with an error, by code", ("code",)),
+                "adjustments": ("Changes of split_samples by the online controller", ("direction",)),
                 "stage_seconds": ("Time spent in the ranker, by stage", ("stage",)),
                 "sidecar_stage_seconds": ("Time of the slowest chunk at each sidecar, by stage", ("sidecar", "stage")),
                 "sidecar_bytes": ("Frame bytes to and from each sidecar", ("sidecar", "direction")),

@@ -59,15 +59,24 @@ def deeprecsys(name: str, max_rows: int = DEFAULT_MAX_ROWS, max_tables: int | No
     return kinds.get(name, Ranker)(sizes).eval(), inputs(name, sizes.rows, EXAMPLE_BATCH)
 
 
-def inputs(name: str, rows: Sequence[int], batch: int) -> tuple[Tensor, ...]:
-    """Random inputs of the model of that name, whose tables have `rows` rows."""
+Draw = Callable[[int, tuple[int, ...]], Tensor]
+"""`draw(rows, shape)`: int64 ids below `rows`, of that shape."""
+
+
+def uniform_ids(rows: int, shape: tuple[int, ...]) -> Tensor:
+    """Every row alike, from torch's generator."""
+    return torch.randint(0, rows, shape)
+
+
+def inputs(name: str, rows: Sequence[int], batch: int, draw: Draw = uniform_ids) -> tuple[Tensor, ...]:
+    """Inputs of the model of that name, whose tables have `rows` rows: ids that `draw` gives, random numbers."""
     sizes = SIZES[name]
     if sizes.history:
-        profile = torch.stack([torch.randint(0, n, (batch, sizes.ids)) for n in rows[:PROFILE_TABLES]], dim=1)
+        profile = torch.stack([draw(n, (batch, sizes.ids)) for n in rows[:PROFILE_TABLES]], dim=1)
         if name == "din":
-            return profile, torch.randint(0, rows[-1], (batch, sizes.history))
-        return profile, torch.stack([torch.randint(0, n, (batch,)) for n in rows[PROFILE_TABLES:]], dim=1)
-    ids = torch.stack([torch.randint(0, n, (batch, sizes.ids)) for n in rows], dim=1)
+            return profile, draw(rows[-1], (batch, sizes.history))
+        return profile, torch.stack([draw(n, (batch,)) for n in rows[PROFILE_TABLES:]], dim=1)
+    ids = torch.stack([draw(n, (batch, sizes.ids)) for n in rows], dim=1)
     return (torch.rand(batch, sizes.dense[0]), ids) if sizes.dense else (ids,)
 
 

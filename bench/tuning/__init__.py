@@ -1,0 +1,1 @@
+"""The scheduler's knobs, and a climb over them on the real system (docs/tuning.md)."""

@@ -1,0 +1,104 @@
+"""What is tuned, how far each knob goes, and where it is written: Triton's config.pbtxt and a sidecar's sidecar.yaml."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import yaml
+
+Steps = Mapping[str, tuple[int, ...]]
+"""By knob: the values it may take, ascending."""
+
+_RANKER = ("torch_threads", "workers", "split_samples", "spin_us")
+
+
+@dataclass(frozen=True)
+class Knobs:
+    """One setting of a deployment. A model that is served whole has the first four."""
+
+    instances: int = 1
+    """Triton's instances of the model: processes that answer different requests at once."""
+    torch_threads: int = 1
+    max_batch: int = 0
+    """What Triton merges at most, in its own unit: samples, or requests where ids are jagged. 0: nothing is merged."""
+    delay_us: int = 0
+    """How long a request waits in Triton for others."""
+    workers: int = 1
+    split_samples: int = 0
+    spin_us: int = 50
+    engines: int = 1
+    engine_spin_us: int = 5
+
+    def as_json(self) -> dict[str, int]:
+        return asdict(self)
+
+    def settled(self) -> Knobs:
+        """The same without what has no effect: so that two settings that mean the same are equal."""
+        return replace(
+            self, delay_us=self.delay_us if self.max_batch else 0, workers=self.workers if self.split_samples else 1
+        )
+
+
+def static_baseline(cores: int, largest: int) -> Knobs:
+    """DeepRecSys's baseline: the largest query (in samples) is split evenly over all cores; queries are not merged."""
+    return Knobs(instances=cores, workers=cores, split_samples=-(-largest // cores))
+
+
+def starting_points(cores: int, largest: int) -> list[Knobs]:
+    """Where a climb begins: the baseline, queries side by side, and queries merged for one process that uses all cores."""
+    side_by_side = Knobs(instances=cores)
+    return [static_baseline(cores, largest), side_by_side, Knobs(max_batch=2 * largest, workers=cores, split_samples=256)]
+
+
+def steps(cores: int, largest: int) -> Steps:
+    """The knobs of a partitioned model, those that matter most first. `largest`: what the largest query has of `max_batch`'s unit."""
+    upto = tuple(n for n in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128) if n <= cores)
+    return {
+        "split_samples": (0, 32, 64, 128, 256, 512),
+        "instances": upto,
+        "max_batch": (0, largest, 2 * largest, 4 * largest),
+        "workers": upto,
+        "engines": upto,
+        "torch_threads": upto,
+        "delay_us": (0, 500, 2000),
+        "engine_spin_us": (0, 5, 50),
+        "spin_us": (0, 50, 200),
+    }
+
+
+def neighbours(knobs: Knobs, name: str, ranges: Steps) -> Iterator[Knobs]:
+    """The settings one step up, then one down. Of a value between two steps: these two."""
+    value = getattr(knobs, name)
+    above = [v for v in ranges[name] if v > value]
+    below = [v for v in ranges[name] if v < value]
+    for found in (*above[:1], *below[-1:]):
+        yield replace(knobs, **{name: found})
+
+
+def triton_config(text: str, knobs: Knobs, *, name: str, largest: int) -> str:
+    """`config.pbtxt` with these knobs and that name; everything else stays. `largest`: see `steps`."""
+    from google.protobuf import text_format
+    from tritonclient.grpc import model_config_pb2
+
+    config = text_format.Parse(text, model_config_pb2.ModelConfig())
+    config.name = name
+    config.max_batch_size = max(largest, knobs.max_batch)
+    if knobs.max_batch:
+        config.dynamic_batching.max_queue_delay_microseconds = knobs.delay_us
+    else:
+        config.ClearField("dynamic_batching")
+    config.instance_group[0].count = knobs.instances
+    for key in _RANKER:
+        config.parameters[key].string_value = str(getattr(knobs, key))
+    return text_format.MessageToString(config)
+
+
+def sidecar_config(text: str, knobs: Knobs, address: str | None = None) -> str:
+    """`sidecar.yaml` with these knobs, listening at `address` (`host:port`) if one is given."""
+    settings: dict[str, Any] = yaml.safe_load(text)
+    settings |= {"engines": knobs.engines, "spin_us": knobs.engine_spin_us}
+    if address is not None:
+        settings["listen"] |= {"grpc": address, "tcp": f"{address.rpartition(':')[0]}:0"}
+    return yaml.safe_dump(settings, sort_keys=False)

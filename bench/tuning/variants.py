@@ -1,0 +1,97 @@
+"""Settings of one model side by side on this machine: sidecars of their own for each, one Triton for all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from sidepool.bench.processes import running_sidecars
+from sidepool.bench.triton_server import TritonServer, free_ports
+from sidepool.bench.tuning.knobs import Knobs, sidecar_config, triton_config
+from sidepool.wire.errors import ConfigError
+from sidepool.wire.model import PLAN_FILE
+from sidepool.wire.plan import load_plan, save_plan
+
+
+@dataclass(frozen=True)
+class Variant:
+    """An artifact with a setting."""
+
+    knobs: Knobs
+    artifact: Path
+    whole: bool = False
+    """The artifact's `WHOLE` is served, which needs no sidecars, instead of its model."""
+
+
+# Where a model that is served whole lies beside the artifact's own, for comparison.
+WHOLE = "whole"
+
+
+def model_directory(artifact: Path, *, whole: bool = False) -> Path:
+    """The directory of the model in the artifact's repository that holds `config.pbtxt`; raises `ConfigError`."""
+    found = [d for d in sorted((artifact / "model_repository").glob("*")) if (d.name == WHOLE) == whole]
+    if len(found) != 1 or not (artifact / PLAN_FILE).exists():
+        raise ConfigError(f"{artifact}: found no model repository of one model with its {PLAN_FILE}; allowed: what sidepool partition wrote")
+    return found[0]
+
+
+@contextlib.contextmanager
+def served(
+    variants: Mapping[str, Variant], *, largest: int, directory: Path, work_dir: Path
+) -> Iterator[TritonServer]:
+    """Serve `variants` under their names from copies in `directory` (replaced); files are linked, ports are this machine's.
+
+    largest: samples of the largest query. work_dir: keeps the Triton installation; logs lie in `directory`.
+    Raises `TransportError` where something does not start.
+    """
+    shutil.rmtree(directory, ignore_errors=True)
+    repository, logs = directory / "repository", directory / "logs"
+    with contextlib.ExitStack() as stack:
+        for name, variant in variants.items():
+            source = model_directory(variant.artifact, whole=variant.whole)
+            _copy(source, repository / name)
+            text = triton_config((source / "config.pbtxt").read_text(encoding="utf-8"), variant.knobs, name=name, largest=largest)
+            _replace(repository / name / "config.pbtxt", text)
+            if not variant.whole:
+                configs = _copy_sidecars(variant, directory / name, repository / name / "1" / PLAN_FILE)
+                stack.enter_context(running_sidecars(configs, work_dir=logs / name))
+        yield stack.enter_context(TritonServer(repository, work_dir=work_dir, log=logs / "triton.log"))
+
+
+def _copy_sidecars(variant: Variant, directory: Path, plan_of_ranker: Path) -> list[Path]:
+    """The artifact's sidecars with ports of their own; returns their configurations."""
+    plan = load_plan(variant.artifact / PLAN_FILE)
+    addresses = [f"127.0.0.1:{port}" for port in free_ports(len(plan.sidecars))]
+    sidecars = tuple(s.model_copy(update={"address": a}) for s, a in zip(plan.sidecars, addresses, strict=True))
+    moved = plan.model_copy(update={"sidecars": sidecars})
+    _copy(variant.artifact / "sidecars", directory / "sidecars")
+    configs = []
+    for sidecar in sidecars:
+        config = directory / "sidecars" / sidecar.name / "sidecar.yaml"
+        _replace(config, sidecar_config(config.read_text(encoding="utf-8"), variant.knobs, sidecar.address))
+        configs.append(config)
+    save_plan(moved, directory / PLAN_FILE)
+    plan_of_ranker.unlink()  # linked to the artifact's, which stays as it is
+    save_plan(moved, plan_of_ranker)
+    return configs
+
+
+def _copy(source: Path, target: Path) -> None:
+    """A copy of a directory whose files are links where the file system allows it."""
+
+    def link(file: str, to: str) -> None:
+        try:
+            os.link(file, to)
+        except OSError:
+            shutil.copyfile(file, to)
+
+    shutil.copytree(source, target, copy_function=link, ignore=shutil.ignore_patterns("__pycache__"))
+
+
+def _replace(file: Path, text: str) -> None:
+    file.unlink()  # it may be a link
+    file.write_text(text, encoding="utf-8")
