@@ -19,6 +19,7 @@ BENCHES = {
     "checkpoint": ("sidepool.bench.checkpoint", "time and memory of partitioning a checkpoint, also one larger than memory"),
     "pool": ("sidepool.bench.pool", "gather and pool, beside FBGEMM, torch embedding_bag and the speed of reading the same rows"),
     "load": ("sidepool.bench.load_null", "the load generator itself: one core of it on a gRPC server that does nothing"),
+    "slo": ("sidepool.bench.slo", "eight models within their latency limits: monolithic, disaggregated, disaggregated and tuned"),
     "serve": ("sidepool.bench.serve", "latency and throughput through Triton, beside the monolithic model"),
 }
 

@@ -28,7 +28,7 @@ _log = logging.getLogger("sidepool.client")
 
 
 class DenseGraph:
-    """`dense.pt2`: pooled vectors, sequences and model inputs in, model outputs out. Used by one thread at a time; on the CPU by any number.
+    """`dense.pt2`: pooled vectors, sequences and model inputs in, model outputs out. On the CPU for any thread, else one at a time.
 
     On CUDA a call runs on a stream of its own. Where the batch is the only size that varies, whole batches of 1, 2, 4, …
     are captured as CUDA graphs at first use; samples beyond the real batch are stale rows whose results are cut off,

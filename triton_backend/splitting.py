@@ -26,7 +26,14 @@ class SplitDense:
     """
 
     def __init__(
-        self, dense: DenseGraph, *, workers: int, split_samples: int, torch_threads: int, cpu: DenseGraph | None, gpu_min_samples: int
+        self,
+        dense: DenseGraph,
+        *,
+        workers: int,
+        split_samples: int,
+        torch_threads: int,
+        cpu: DenseGraph | None,
+        gpu_min_samples: int,
     ) -> None:
         """split_samples: a sub-batch has at most so many samples; 0: batches stay whole. workers: threads that share sub-batches.
 

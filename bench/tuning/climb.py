@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sidepool.bench.tuning.knobs import Knobs, Steps, neighbours
+from sidepool.bench.tuning.knobs import Knobs, Steps, neighbour
 from sidepool.wire.durable import replace_text
 from sidepool.wire.errors import ConfigError
 
@@ -43,29 +43,31 @@ class Climb:
             self._take(knobs)
         climbing = True
         while climbing:
-            climbing = any([self._climb_along(name) for name in self.steps])
+            climbing = False
+            for name in self.steps:
+                climbing |= self._climb_along(name)
         self.finished = self.may_go_on()
         self._write()
-        assert self.best is not None, "a climb has a start"
-        return self.best
+        return self._top
 
     @property
     def best_score(self) -> float:
         return 0.0 if self.best is None else self.tried[self.best]
 
+    @property
+    def _top(self) -> Knobs:
+        assert self.best is not None, "a climb has a start"
+        return self.best
+
     def _climb_along(self, name: str) -> bool:
         """Whether a step of this knob paid; further ones in its direction are tried at once."""
-        assert self.best is not None
-        for candidate in neighbours(self.best, name, self.steps):
-            upwards = getattr(candidate, name) > getattr(self.best, name)
-            paid = False
-            while candidate is not None and self._take(candidate.settled()):
-                paid = True
-                further = [n for n in neighbours(self.best, name, self.steps) if (getattr(n, name) > getattr(self.best, name)) == upwards]
-                candidate = further[0] if further else None
-            if paid:
-                return True
-        return False
+        return any(self._climb_towards(name, upwards) for upwards in (True, False))
+
+    def _climb_towards(self, name: str, upwards: bool) -> bool:
+        paid = False
+        while (candidate := neighbour(self._top, name, self.steps, upwards)) is not None and self._take(candidate.settled()):
+            paid = True
+        return paid
 
     def _take(self, knobs: Knobs) -> bool:
         """Measure, unless that was done; whether it is the best now."""
@@ -77,8 +79,9 @@ class Climb:
             known = self.score(knobs, beat)
             self.tried[knobs] = known
             self._write()
-            self.told(f"{known:8.1f}/s  {_difference(knobs, self.best)}" if known else f"   no gain  {_difference(knobs, self.best)}")
-        if self.best is None or known >= GAIN * self.best_score and known > 0:
+            score = f"{known:8.1f}/s" if known else "   no gain"
+            self.told(f"{score}  {_difference(knobs, self.best)}")
+        if self.best is None or (known >= GAIN * self.best_score and known > 0):
             changed = knobs != self.best
             self.best = knobs
             return changed

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -36,9 +36,7 @@ class Knobs:
 
     def settled(self) -> Knobs:
         """The same without what has no effect: so that two settings that mean the same are equal."""
-        return replace(
-            self, delay_us=self.delay_us if self.max_batch else 0, workers=self.workers if self.split_samples else 1
-        )
+        return replace(self, delay_us=self.delay_us if self.max_batch else 0, workers=self.workers if self.split_samples else 1)
 
 
 def static_baseline(cores: int, largest: int) -> Knobs:
@@ -53,7 +51,7 @@ def starting_points(cores: int, largest: int) -> list[Knobs]:
 
 
 def steps(cores: int, largest: int) -> Steps:
-    """The knobs of a partitioned model, those that matter most first. `largest`: what the largest query has of `max_batch`'s unit."""
+    """The knobs of a partitioned model, those that matter most first. `largest`: the largest query, in `max_batch`'s unit."""
     upto = tuple(n for n in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128) if n <= cores)
     return {
         "split_samples": (0, 32, 64, 128, 256, 512),
@@ -68,17 +66,18 @@ def steps(cores: int, largest: int) -> Steps:
     }
 
 
-def neighbours(knobs: Knobs, name: str, ranges: Steps) -> Iterator[Knobs]:
-    """The settings one step up, then one down. Of a value between two steps: these two."""
+def neighbour(knobs: Knobs, name: str, ranges: Steps, upwards: bool) -> Knobs | None:
+    """The setting one step up, or down; None at the end. A value between two steps has these two beside it."""
     value = getattr(knobs, name)
-    above = [v for v in ranges[name] if v > value]
-    below = [v for v in ranges[name] if v < value]
-    for found in (*above[:1], *below[-1:]):
-        yield replace(knobs, **{name: found})
+    further = [v for v in ranges[name] if (v > value if upwards else v < value)]
+    return replace(knobs, **{name: (min if upwards else max)(further)}) if further else None
 
 
-def triton_config(text: str, knobs: Knobs, *, name: str, largest: int) -> str:
-    """`config.pbtxt` with these knobs and that name; everything else stays. `largest`: see `steps`."""
+def triton_config(text: str, knobs: Knobs, *, name: str, largest: int, limit_ms: float = 0.0) -> str:
+    """`config.pbtxt` with these knobs and that name; everything else stays. `largest`: see `steps`.
+
+    limit_ms: what the ranker adjusts `split_samples` for while it serves; 0: it stays.
+    """
     from google.protobuf import text_format
     from tritonclient.grpc import model_config_pb2
 
@@ -92,6 +91,8 @@ def triton_config(text: str, knobs: Knobs, *, name: str, largest: int) -> str:
     config.instance_group[0].count = knobs.instances
     for key in _RANKER:
         config.parameters[key].string_value = str(getattr(knobs, key))
+    if limit_ms:
+        config.parameters["limit_ms"].string_value = f"{limit_ms:g}"
     return text_format.MessageToString(config)
 
 

@@ -40,7 +40,9 @@ class Prober:
 
 
 @contextlib.contextmanager
-def prober(address: str, model: str, requests: Sequence[Arrays], *, seed: int, scale: float = 1.0) -> Iterator[tuple[Prober, float]]:
+def prober(
+    address: str, model: str, requests: Sequence[Arrays], *, seed: int, scale: float = 1.0
+) -> Iterator[tuple[Prober, float]]:
     """A prober of a warm model, and the seconds of one request alone."""
     with contextlib.closing(Caller(address, model)) as caller:
         encoded = [infer_inputs(arrays) for arrays in requests[:WARMING]]

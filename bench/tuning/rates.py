@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 
 Meets = Callable[[float], bool]
 """Whether the limit is met at a rate, in requests per second. Asked for one rate at a time, as seldom as possible."""
+Search = Generator[float, bool, float]
+"""Yields rates to try, is sent whether they met the limit, returns the highest that did; 0 where none did."""
 
 # Rates are bracketed by steps of this ratio, then the bracket is halved until its ends are this close: what a few hundred
 # requests can tell apart.
@@ -14,21 +16,51 @@ STEP, PRECISION = 1.5, 1.06
 LEAST = 0.2
 
 
-def highest_rate(meets: Meets, start: float, *, least: float = LEAST, precision: float = PRECISION) -> float:
-    """The highest rate that was seen to meet the limit, 0 where none above `least` does. `start`: a guess."""
-    low, high, rate = 0.0, 0.0, max(start, least)
-    while True:
-        if meets(rate):
+def search(start: float, *, low: float = 0.0, high: float = 0.0) -> Search:
+    """Bracket and halve. `start`: a guess; low, high: rates known to meet the limit and to miss it, 0: none."""
+    rate = max(start, LEAST)
+    while not (low and high and high / low <= PRECISION):
+        if low and high:
+            rate = (low * high) ** 0.5
+        elif low:
+            rate = max(rate, low * STEP)
+        elif high:
+            rate = min(rate, high / STEP)
+            if rate < LEAST:
+                return 0.0
+        if (yield rate):
             low = rate
         else:
             high = rate
-        if high and low and high / low <= precision:
-            return low
-        if high and not low and rate <= least:
-            return 0.0
-        rate = (low * high) ** 0.5 if low and high else low * STEP if low else max(high / STEP, least)
+    return low
+
+
+def highest_rate(meets: Meets, start: float) -> float:
+    """The highest rate that was seen to meet the limit, 0 where none above `LEAST` does."""
+    return in_turns({"": (search(start), meets)})[""]
 
 
 def better_rate(meets: Meets, beat: float, gain: float) -> float:
     """The highest rate, if it is at least `gain` times `beat`; else `beat` is not reached and the answer is 0. One try tells."""
-    return highest_rate(meets, beat * gain) if meets(beat * gain) else 0.0
+    first = beat * gain
+    if not meets(first):
+        return 0.0
+    return in_turns({"": (search(first * STEP, low=first), meets)})[""]
+
+
+def in_turns(searches: dict[str, tuple[Search, Meets]]) -> dict[str, float]:
+    """Several searches, one try of each in turn: so that none sees another machine than the others. Their results by name."""
+    found: dict[str, float] = {}
+    waiting = list(searches)
+    answers: dict[str, bool] = {}
+    while waiting:
+        for name in tuple(waiting):
+            going, meets = searches[name]
+            try:
+                rate = going.send(answers[name]) if name in answers else next(going)
+            except StopIteration as done:
+                found[name] = done.value
+                waiting.remove(name)
+                continue
+            answers[name] = meets(rate)
+    return found

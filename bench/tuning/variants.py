@@ -35,14 +35,13 @@ def model_directory(artifact: Path, *, whole: bool = False) -> Path:
     """The directory of the model in the artifact's repository that holds `config.pbtxt`; raises `ConfigError`."""
     found = [d for d in sorted((artifact / "model_repository").glob("*")) if (d.name == WHOLE) == whole]
     if len(found) != 1 or not (artifact / PLAN_FILE).exists():
-        raise ConfigError(f"{artifact}: found no model repository of one model with its {PLAN_FILE}; allowed: what sidepool partition wrote")
+        allowed = "what sidepool partition wrote"
+        raise ConfigError(f"{artifact}: found no model repository of one model with its {PLAN_FILE}; allowed: {allowed}")
     return found[0]
 
 
 @contextlib.contextmanager
-def served(
-    variants: Mapping[str, Variant], *, largest: int, directory: Path, work_dir: Path
-) -> Iterator[TritonServer]:
+def served(variants: Mapping[str, Variant], *, largest: int, directory: Path, work_dir: Path) -> Iterator[TritonServer]:
     """Serve `variants` under their names from copies in `directory` (replaced); files are linked, ports are this machine's.
 
     largest: samples of the largest query. work_dir: keeps the Triton installation; logs lie in `directory`.

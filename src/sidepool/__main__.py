@@ -21,6 +21,7 @@ COMMANDS = {
     "probe": ("sidepool.probe", "whether a model in Triton answers: one tiny inference, for Kubernetes"),
     "load": ("sidepool.bench.load_command", "an open-loop load on Triton, on sidecars or in this process; MLPerf LoadGen"),
     "demo": ("sidepool.bench.demo_command", "the whole way on this machine: partition, serve, compare scores, measure"),
+    "tune": ("sidepool.bench.tune_command", "find the settings with which a model serves most within a latency limit"),
     "doctor": ("sidepool.doctor", "what this machine offers, and what to do about the rest"),
     "bench": ("sidepool.bench.command", "side-by-side benchmarks"),
 }

@@ -1,0 +1,211 @@
+"""`sidepool bench slo`: how many requests per second eight models serve within their published latency limits.
+
+Each is served whole by Triton, disaggregated with DeepRecSys's static baseline, and disaggregated and tuned: three models of one
+Triton, under the same Poisson loads in turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from sidepool.bench import machine
+from sidepool.bench.energy import Energy, read_energy
+from sidepool.bench.load import LoadResult, sizes
+from sidepool.bench.serve import make_console
+from sidepool.bench.slo_models import LIMITS_MS, MAX_ROWS, MOST_REQUESTS, build, requests
+from sidepool.bench.slo_overload import overloaded
+from sidepool.bench.slo_report import SYSTEMS, plot, print_summary, summary
+from sidepool.bench.stage_table import between, snapshot
+from sidepool.bench.stop_signals import stopped_by_signals
+from sidepool.bench.traffic import Arrays
+from sidepool.bench.triton_server import TritonServer
+from sidepool.bench.tuning.knobs import Knobs, static_baseline
+from sidepool.bench.tuning.probing import Prober, prober
+from sidepool.bench.tuning.rates import Meets, Search, in_turns, search
+from sidepool.bench.tuning.tune import Job, Limit
+from sidepool.bench.tuning.variants import Variant, served
+from sidepool.wire.durable import replace_text
+from sidepool.wire.errors import ConfigError
+
+WHOLE, STATIC, TUNED = SYSTEMS
+# Limits beside the published one, as shares of it.
+SHARES = (1.0, 0.5, 1.5)
+# Of each model's time for climbing, the whole one's: it has four of the nine knobs.
+WHOLE_SHARE = 0.4
+# Loads at half of the whole model's highest rate, in turns.
+FIXED_TURNS, FIXED_S = 2, 8.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `sidepool bench slo`."""
+    parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="results; models that are in it are not repeated")
+    parser.add_argument("--models", default=",".join(LIMITS_MS), metavar="NAMES", help="separated by commas (default: all eight)")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw what is in FILE")
+    parser.add_argument("--sizes", default="lognormal", metavar="KIND", help="samples: lognormal (default), mlperf, N, a file")
+    parser.add_argument("--limits", default=",".join(f"{s:g}" for s in SHARES), metavar="S", help="shares of the published limit")
+    parser.add_argument("--tune-minutes", type=float, default=6.0, metavar="M", help="per model, monolithic included (default: 6)")
+    parser.add_argument("--overload-seconds", type=float, default=0.0, metavar="S", help="also twice the highest rate for so long")
+    parser.add_argument("--quick", action="store_true", help="loads a quarter as long: for trying the command, not for figures")
+    parser.add_argument("--work-dir", type=Path, default=Path("build/bench"), metavar="DIR", help="default: build/bench")
+    parser.add_argument("--seed", type=int, default=1)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Build, tune and measure each model that is not in the file yet; raises `ConfigError`."""
+    console = make_console()
+    names = args.models.split(",")
+    if unknown := set(names) - set(LIMITS_MS):
+        raise ConfigError(f"--models: found {min(unknown)!r}; allowed: {', '.join(LIMITS_MS)}")
+    results = json.loads(args.json.read_text(encoding="utf-8")) if args.json.exists() else {"models": {}}
+    with stopped_by_signals():
+        for name in names:
+            if name not in results["models"]:
+                results["models"][name] = Model(name, args, console).measure()
+                results["summary"] = summary(results["models"])
+                args.json.parent.mkdir(parents=True, exist_ok=True)
+                replace_text(args.json, json.dumps(results, indent=1) + "\n")
+    print_summary(console, results["models"])
+    if args.plot is not None:
+        plot(results["models"], args.plot)
+    return 0
+
+
+class Model:
+    """One of the eight, from nothing to figures."""
+
+    def __init__(self, name: str, args: argparse.Namespace, console: Console) -> None:
+        self._name, self._args, self._console = name, args, console
+        self._limit = Limit(95.0, LIMITS_MS[name])
+        self._shares = [float(share) for share in args.limits.split(",")]
+        self._scale = 0.25 if args.quick else 1.0
+        self._cores = len(os.sched_getaffinity(0))
+        self._directory: Path = args.work_dir / "slo" / name
+        self._directory.mkdir(parents=True, exist_ok=True)
+        self._say("building")
+        self._artifact = build(name, self._directory / "artifact", args.seed)
+        drawn = sizes.parse_sizes(args.sizes)(MOST_REQUESTS, args.seed)
+        self._requests: Sequence[Arrays] = requests(name, self._artifact, drawn, args.seed)
+        self._sizes = [len(next(iter(arrays.values()))) for arrays in self._requests]
+        self._largest = int(drawn.max())
+
+    def measure(self) -> dict[str, Any]:
+        """Everything about the model, as plain data."""
+        whole, whole_climb = self._tuned(whole=True, minutes=WHOLE_SHARE * self._args.tune_minutes)
+        tuned, climb = self._tuned(whole=False, minutes=(1 - WHOLE_SHARE) * self._args.tune_minutes)
+        knobs = {WHOLE: whole, STATIC: static_baseline(self._cores, self._largest), TUNED: tuned}
+        variants = {name: Variant(k, self._artifact, name == WHOLE) for name, k in knobs.items()}
+        self._say("measuring")
+        with contextlib.ExitStack() as stack:
+            directory = self._directory / "served"
+            server = stack.enter_context(served(variants, largest=self._largest, directory=directory, work_dir=self._args.work_dir))
+            probes = {
+                name: stack.enter_context(prober(server.grpc, name, self._requests, seed=self._args.seed, scale=self._scale))
+                for name in SYSTEMS
+            }
+            highest = self._highest(probes)
+            published = highest["1"]
+            found = {
+                "machine": machine.describe(self._args.seed),
+                "limit": asdict(self._limit),
+                "rows": f"at most {MAX_ROWS} per table",
+                "sizes": sizes.describe(self._sizes),
+                "requests": len(self._requests),
+                "settings": {name: k.as_json() for name, k in knobs.items()},
+                "climbs": {WHOLE: whole_climb, TUNED: climb},
+                "highest_qps": highest,
+                "fixed_rate": self._fixed(probes, published[WHOLE] / 2, server),
+            }
+            if self._args.overload_seconds and published[TUNED]:
+                found["overload"] = overloaded(
+                    server,
+                    TUNED,
+                    self._requests,
+                    highest_qps=published[TUNED],
+                    limit_ms=self._limit.ms,
+                    seconds=self._args.overload_seconds,
+                    seed=self._args.seed,
+                )
+        return found
+
+    def _tuned(self, *, whole: bool, minutes: float) -> tuple[Knobs, dict[str, Any]]:
+        kind = WHOLE if whole else TUNED
+        self._say(f"tuning {kind}")
+        climb = Job(
+            artifact=self._artifact,
+            limit=self._limit,
+            requests=self._requests,
+            largest=self._largest,
+            about={"model": self._name, "sizes": self._args.sizes, "quick": self._args.quick, "rows": MAX_ROWS},
+            directory=self._directory / f"climb-{kind}",
+            work_dir=self._args.work_dir,
+            seed=self._args.seed,
+            scale=self._scale,
+            whole=whole,
+        ).climb(minutes=minutes, told=self._console.print)
+        best = climb.run()
+        return best, {"settings_tried": len(climb.tried), "finished": climb.finished}
+
+    def _highest(self, probes: Mapping[str, tuple[Prober, float]]) -> dict[str, dict[str, float]]:
+        """By share of the published limit and by system: the highest rate within it."""
+        loads: dict[str, list[tuple[float, LoadResult]]] = {name: [] for name in probes}
+        found: dict[str, dict[str, float]] = {}
+        for share in sorted(self._shares, key=lambda s: s != 1.0):
+            limit_ms = share * self._limit.ms
+
+            def meets(name: str, rate: float, limit_ms: float = limit_ms) -> bool:
+                result = probes[name][0].load(rate, slo_ms=limit_ms)
+                loads[name].append((rate, result))
+                return result.attainment >= self._limit.percent / 100
+
+            searches: dict[str, tuple[Search, Meets]] = {}
+            for name, (_, alone_s) in probes.items():
+                low, high = self._known(loads[name], limit_ms)
+                start = 0.6 / alone_s if not loads[name] else max(low, high)
+                searches[name] = (search(start, low=low, high=high), partial(meets, name))
+            rates = in_turns(searches)
+            found[f"{share:g}"] = {name: round(rates[name], 2) for name in probes}
+            self._say(f"requests/s with p95 within {limit_ms:g} ms: {found[f'{share:g}']}")
+        return found
+
+    def _known(self, loads: Sequence[tuple[float, LoadResult]], limit_ms: float) -> tuple[float, float]:
+        """What loads that ran for another limit say of this one: a rate that meets it and one that misses it."""
+        low, high = 0.0, 0.0
+        for rate, result in sorted(loads, key=lambda pair: pair[0]):
+            within = (result.latency_ns <= limit_ms * 1e6).sum() / max(result.scheduled, 1)
+            if within < self._limit.percent / 100:
+                return low, rate
+            low = rate
+        return low, high
+
+    def _fixed(self, probes: Mapping[str, tuple[Prober, float]], rate: float, server: TritonServer) -> dict[str, Any]:
+        """Latencies of all at one rate, in turns; the ranker's stages of the tuned one; energy where it can be read."""
+        if not rate:
+            return {"skipped": "the monolithic model meets its limit at no rate"}
+        latencies: dict[str, list[dict[str, float]]] = {name: [] for name in probes}
+        energy: dict[str, Any] = {}
+        before = snapshot(server, TUNED)
+        for _ in range(FIXED_TURNS):
+            for name, (probe, _) in probes.items():
+                begun = read_energy()
+                result = probe.load(rate, slo_ms=self._limit.ms, seconds=FIXED_S * self._scale + 1)
+                ended = read_energy()
+                latencies[name].append({f"p{p}_ms": round(result.percentile_ms(p), 3) for p in (50, 95, 99)})
+                if isinstance(begun, Energy) and isinstance(ended, Energy):
+                    energy[name] = round(begun.joules_until(ended) / max(result.scheduled, 1), 3)
+                else:
+                    energy["unknown"] = begun if isinstance(begun, str) else ended
+        stages = asdict(between(before, snapshot(server, TUNED)))
+        return {"qps": round(rate, 2), "latencies": latencies, "joules_per_request": energy, "tuned_stages": stages}
+
+    def _say(self, what: str) -> None:
+        self._console.print(f"{self._name}: {what}")
