@@ -92,7 +92,8 @@ class Model:
         self._directory: Path = args.work_dir / "slo" / name
         self._directory.mkdir(parents=True, exist_ok=True)
         self._say("building")
-        self._artifact = build(name, self._directory / "artifact", args.seed)
+        built = build(name, self._directory / "built", args.seed)
+        self._artifact, self._whole = built / "artifact", built / "whole" / name
         drawn = sizes.parse_sizes(args.sizes)(MOST_REQUESTS, args.seed)
         self._requests: Sequence[Arrays] = requests(name, self._artifact, drawn, args.seed)
         self._sizes = [len(next(iter(arrays.values()))) for arrays in self._requests]
@@ -103,7 +104,8 @@ class Model:
         whole, whole_climb = self._tuned(whole=True, minutes=WHOLE_SHARE * self._args.tune_minutes)
         tuned, climb = self._tuned(whole=False, minutes=(1 - WHOLE_SHARE) * self._args.tune_minutes)
         knobs = {WHOLE: whole, STATIC: static_baseline(self._cores, self._largest), TUNED: tuned}
-        variants = {name: Variant(k, self._artifact, name == WHOLE) for name, k in knobs.items()}
+        variants = {name: Variant.of(self._artifact, k) for name, k in knobs.items() if name != WHOLE}
+        variants[WHOLE] = Variant(whole, self._whole)
         self._say("measuring")
         with contextlib.ExitStack() as stack:
             directory = self._directory / "served"
@@ -141,7 +143,7 @@ class Model:
         kind = WHOLE if whole else TUNED
         self._say(f"tuning {kind}")
         climb = Job(
-            artifact=self._artifact,
+            model=self._whole if whole else self._artifact,
             limit=self._limit,
             requests=self._requests,
             largest=self._largest,

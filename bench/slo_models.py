@@ -15,7 +15,7 @@ from sidepool.bench.load.sizes import Sizes
 from sidepool.bench.models.deeprecsys import SIZES, deeprecsys, inputs
 from sidepool.bench.monolith import write_monolith
 from sidepool.bench.traffic import Arrays
-from sidepool.bench.tuning.variants import WHOLE, model_directory
+from sidepool.client.pipeline import model_directory
 from sidepool.partition import partition_model
 from sidepool.wire.model import MODEL_FILE, PLAN_FILE, load_model
 from sidepool.wire.plan import load_plan
@@ -41,7 +41,7 @@ TRACE = 1 << 18
 
 
 def build(name: str, directory: Path, seed: int) -> Path:
-    """The artifact of that model in `directory`, with the whole model beside it; kept if it is there already."""
+    """`directory` with that model's artifact in `artifact` and the whole model in `whole/NAME`; kept if it is there already."""
     if directory.exists():
         return directory
     torch.manual_seed(seed)
@@ -49,9 +49,9 @@ def build(name: str, directory: Path, seed: int) -> Path:
     making = directory.with_name(f".{directory.name}.making")
     shutil.rmtree(making, ignore_errors=True)
     # One sidecar: on one machine a second would share its memory and cores; how many engines it has is tuned.
-    partition_model(model, example, making, name=name, sidecars=1)
-    repository = making / "model_repository"
-    write_monolith(model, config=repository / name / "config.pbtxt", repository=repository, name=WHOLE)
+    report = partition_model(model, example, making / "artifact", name=name, sidecars=1)
+    config = report.out_dir / "model_repository" / name / "config.pbtxt"
+    write_monolith(model, config=config, repository=making / "whole", name=name)
     making.rename(directory)
     return directory
 
@@ -63,8 +63,7 @@ def table_rows(name: str) -> list[int]:
 
 def requests(name: str, artifact: Path, sizes: Sizes, seed: int) -> list[Arrays]:
     """One request per size until `REQUEST_BYTES` are used up, with the reuse of Meta's traces; sizes must be in random order."""
-    source = model_directory(artifact)
-    spec = load_model(source / "1" / MODEL_FILE, load_plan(artifact / PLAN_FILE))
+    spec = load_model(model_directory(artifact) / MODEL_FILE, load_plan(artifact / PLAN_FILE))
     draw = _Traces(seed)
     made: list[Arrays] = []
     total = 0

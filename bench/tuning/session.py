@@ -16,7 +16,7 @@ from sidepool.bench.tune_command import limit_of
 from sidepool.bench.tuning.climb import Climb
 from sidepool.bench.tuning.knobs import Knobs, sidecar_config, triton_config
 from sidepool.bench.tuning.tune import Job, Limit
-from sidepool.bench.tuning.variants import model_directory
+from sidepool.client.pipeline import model_directory
 
 # Of the length of a load, under --quick.
 QUICK = 0.25
@@ -33,7 +33,7 @@ def tune(args: argparse.Namespace) -> int:
     asked = {"sizes": args.sizes, "ids": args.ids, "ids_per_bag": args.ids_per_bag, "requests": args.requests, "quick": args.quick}
     about = {"model": model.model.name, "plan": model.plan.fingerprint, **asked, **machine.describe(args.seed)}
     job = Job(
-        artifact=args.model,
+        model=args.model,
         limit=limit,
         requests=[model.triton(inputs) for inputs in given],
         # Where ids are jagged, Triton counts requests.
@@ -58,7 +58,7 @@ def tune(args: argparse.Namespace) -> int:
 
 def write_settings(artifact: Path, out: Path, knobs: Knobs, *, largest: int, limit_ms: float = 0.0) -> None:
     """The artifact's `config.pbtxt` and `sidecar.yaml` files with these knobs, at the same places below `out`."""
-    model = model_directory(artifact)
+    model = model_directory(artifact).parent
     text = (model / "config.pbtxt").read_text(encoding="utf-8")
     text = triton_config(text, knobs, name=model.name, largest=largest, limit_ms=limit_ms)
     config = out / "model_repository" / model.name / "config.pbtxt"

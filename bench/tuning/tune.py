@@ -36,7 +36,8 @@ class Limit:
 class Job:
     """What is tuned, for what, under what."""
 
-    artifact: Path
+    model: Path
+    """An artifact; with `whole`, a model's directory in a Triton repository."""
     limit: Limit
     requests: Sequence[Arrays]
     largest: int
@@ -53,7 +54,7 @@ class Job:
 
     def score(self, knobs: Knobs, beat: float) -> float:
         """Serve the setting, and find the highest rate within the limit; 0 where it does not beat `beat`."""
-        variant = Variant(knobs, self.artifact, self.whole)
+        variant = Variant(knobs, self.model) if self.whole else Variant.of(self.model, knobs)
         with (
             served({NAME: variant}, largest=self.largest, directory=self.directory / "trial", work_dir=self.work_dir) as server,
             prober(server.grpc, NAME, self.requests, seed=self.seed, scale=self.scale) as (probe, alone_s),

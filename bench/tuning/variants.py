@@ -12,32 +12,24 @@ from pathlib import Path
 from sidepool.bench.processes import running_sidecars
 from sidepool.bench.triton_server import TritonServer, free_ports
 from sidepool.bench.tuning.knobs import Knobs, sidecar_config, triton_config
-from sidepool.wire.errors import ConfigError
+from sidepool.client.pipeline import model_directory
 from sidepool.wire.model import PLAN_FILE
 from sidepool.wire.plan import load_plan, save_plan
 
 
 @dataclass(frozen=True)
 class Variant:
-    """An artifact with a setting."""
+    """A setting of an artifact, or of a model's directory in a Triton repository, which needs no sidecars (`artifact` None)."""
 
     knobs: Knobs
-    artifact: Path
-    whole: bool = False
-    """The artifact's `WHOLE` is served, which needs no sidecars, instead of its model."""
+    model: Path
+    """Holds `config.pbtxt`."""
+    artifact: Path | None = None
 
-
-# Where a model that is served whole lies beside the artifact's own, for comparison.
-WHOLE = "whole"
-
-
-def model_directory(artifact: Path, *, whole: bool = False) -> Path:
-    """The directory of the model in the artifact's repository that holds `config.pbtxt`; raises `ConfigError`."""
-    found = [d for d in sorted((artifact / "model_repository").glob("*")) if (d.name == WHOLE) == whole]
-    if len(found) != 1 or not (artifact / PLAN_FILE).exists():
-        allowed = "what sidepool partition wrote"
-        raise ConfigError(f"{artifact}: found no model repository of one model with its {PLAN_FILE}; allowed: {allowed}")
-    return found[0]
+    @classmethod
+    def of(cls, artifact: Path, knobs: Knobs) -> Variant:
+        """Raises `ConfigError` where `artifact` is none."""
+        return cls(knobs, model_directory(artifact).parent, artifact)
 
 
 @contextlib.contextmanager
@@ -51,27 +43,27 @@ def served(variants: Mapping[str, Variant], *, largest: int, directory: Path, wo
     repository, logs = directory / "repository", directory / "logs"
     with contextlib.ExitStack() as stack:
         for name, variant in variants.items():
-            source = model_directory(variant.artifact, whole=variant.whole)
-            _copy(source, repository / name)
-            text = triton_config((source / "config.pbtxt").read_text(encoding="utf-8"), variant.knobs, name=name, largest=largest)
-            _replace(repository / name / "config.pbtxt", text)
-            if not variant.whole:
-                configs = _copy_sidecars(variant, directory / name, repository / name / "1" / PLAN_FILE)
+            _copy(variant.model, repository / name)
+            text = (variant.model / "config.pbtxt").read_text(encoding="utf-8")
+            _replace(repository / name / "config.pbtxt", triton_config(text, variant.knobs, name=name, largest=largest))
+            if variant.artifact is not None:
+                plan = repository / name / "1" / PLAN_FILE
+                configs = _copy_sidecars(variant.artifact, variant.knobs, directory / name, plan)
                 stack.enter_context(running_sidecars(configs, work_dir=logs / name))
         yield stack.enter_context(TritonServer(repository, work_dir=work_dir, log=logs / "triton.log"))
 
 
-def _copy_sidecars(variant: Variant, directory: Path, plan_of_ranker: Path) -> list[Path]:
+def _copy_sidecars(artifact: Path, knobs: Knobs, directory: Path, plan_of_ranker: Path) -> list[Path]:
     """The artifact's sidecars with ports of their own; returns their configurations."""
-    plan = load_plan(variant.artifact / PLAN_FILE)
+    plan = load_plan(artifact / PLAN_FILE)
     addresses = [f"127.0.0.1:{port}" for port in free_ports(len(plan.sidecars))]
     sidecars = tuple(s.model_copy(update={"address": a}) for s, a in zip(plan.sidecars, addresses, strict=True))
     moved = plan.model_copy(update={"sidecars": sidecars})
-    _copy(variant.artifact / "sidecars", directory / "sidecars")
+    _copy(artifact / "sidecars", directory / "sidecars")
     configs = []
     for sidecar in sidecars:
         config = directory / "sidecars" / sidecar.name / "sidecar.yaml"
-        _replace(config, sidecar_config(config.read_text(encoding="utf-8"), variant.knobs, sidecar.address))
+        _replace(config, sidecar_config(config.read_text(encoding="utf-8"), knobs, sidecar.address))
         configs.append(config)
     save_plan(moved, directory / PLAN_FILE)
     plan_of_ranker.unlink()  # linked to the artifact's, which stays as it is
