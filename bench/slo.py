@@ -29,7 +29,7 @@ from sidepool.bench.stage_table import between, snapshot
 from sidepool.bench.stop_signals import stopped_by_signals
 from sidepool.bench.traffic import Arrays
 from sidepool.bench.triton_server import TritonServer
-from sidepool.bench.tuning.knobs import Knobs, static_baseline
+from sidepool.bench.tuning.knobs import Knobs, Queries, static_baseline
 from sidepool.bench.tuning.probing import Prober, prober
 from sidepool.bench.tuning.rates import Meets, Search, in_turns, search
 from sidepool.bench.tuning.tune import Job, Limit
@@ -97,19 +97,21 @@ class Model:
         drawn = sizes.parse_sizes(args.sizes)(MOST_REQUESTS, args.seed)
         self._requests: Sequence[Arrays] = requests(name, self._artifact, drawn, args.seed)
         self._sizes = [len(next(iter(arrays.values()))) for arrays in self._requests]
-        self._largest = int(drawn.max())
+        self._queries = Queries(int(drawn.max()))
 
     def measure(self) -> dict[str, Any]:
         """Everything about the model, as plain data."""
         whole, whole_climb = self._tuned(whole=True, minutes=WHOLE_SHARE * self._args.tune_minutes)
         tuned, climb = self._tuned(whole=False, minutes=(1 - WHOLE_SHARE) * self._args.tune_minutes)
-        knobs = {WHOLE: whole, STATIC: static_baseline(self._cores, self._largest), TUNED: tuned}
+        knobs = {WHOLE: whole, STATIC: static_baseline(self._cores, self._queries), TUNED: tuned}
         variants = {name: Variant.of(self._artifact, k) for name, k in knobs.items() if name != WHOLE}
         variants[WHOLE] = Variant(whole, self._whole)
         self._say("measuring")
         with contextlib.ExitStack() as stack:
             directory = self._directory / "served"
-            server = stack.enter_context(served(variants, largest=self._largest, directory=directory, work_dir=self._args.work_dir))
+            server = stack.enter_context(
+                served(variants, least_batch=self._queries.least_batch, directory=directory, work_dir=self._args.work_dir)
+            )
             probes = {
                 name: stack.enter_context(prober(server.grpc, name, self._requests, seed=self._args.seed, scale=self._scale))
                 for name in SYSTEMS
@@ -146,7 +148,7 @@ class Model:
             model=self._whole if whole else self._artifact,
             limit=self._limit,
             requests=self._requests,
-            largest=self._largest,
+            queries=self._queries,
             about={"model": self._name, "sizes": self._args.sizes, "quick": self._args.quick, "rows": MAX_ROWS},
             directory=self._directory / f"climb-{kind}",
             work_dir=self._args.work_dir,

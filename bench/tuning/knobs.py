@@ -39,24 +39,44 @@ class Knobs:
         return replace(self, delay_us=self.delay_us if self.max_batch else 0, workers=self.workers if self.split_samples else 1)
 
 
-def static_baseline(cores: int, largest: int) -> Knobs:
-    """DeepRecSys's baseline: the largest query (in samples) is split evenly over all cores; queries are not merged."""
-    return Knobs(instances=cores, workers=cores, split_samples=-(-largest // cores))
+@dataclass(frozen=True)
+class Queries:
+    """What a deployment is asked."""
+
+    largest: int
+    """Samples of the largest query."""
+    jagged: bool = False
+    """Triton then counts requests, not samples."""
+
+    @property
+    def least_batch(self) -> int:
+        """What Triton must take at once, in its own unit."""
+        return 1 if self.jagged else self.largest
+
+    @property
+    def merged(self) -> tuple[int, ...]:
+        """Values of `max_batch`: nothing merged, then from what the largest query has, or a few requests, on."""
+        return (0, 4, 16, 64) if self.jagged else (0, self.largest, 2 * self.largest, 4 * self.largest)
 
 
-def starting_points(cores: int, largest: int) -> list[Knobs]:
+def static_baseline(cores: int, queries: Queries) -> Knobs:
+    """DeepRecSys's baseline: the largest query is split evenly over all cores; queries are not merged."""
+    return Knobs(instances=cores, workers=cores, split_samples=-(-queries.largest // cores))
+
+
+def starting_points(cores: int, queries: Queries) -> list[Knobs]:
     """Where a climb begins: the baseline, queries side by side, and queries merged for one process that uses all cores."""
     side_by_side = Knobs(instances=cores)
-    return [static_baseline(cores, largest), side_by_side, Knobs(max_batch=2 * largest, workers=cores, split_samples=256)]
+    return [static_baseline(cores, queries), side_by_side, Knobs(max_batch=queries.merged[2], workers=cores, split_samples=256)]
 
 
-def steps(cores: int, largest: int) -> Steps:
-    """The knobs of a partitioned model, those that matter most first. `largest`: the largest query, in `max_batch`'s unit."""
+def steps(cores: int, queries: Queries) -> Steps:
+    """The knobs of a partitioned model, those that matter most first."""
     upto = tuple(n for n in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128) if n <= cores)
     return {
         "split_samples": (0, 32, 64, 128, 256, 512),
         "instances": upto,
-        "max_batch": (0, largest, 2 * largest, 4 * largest),
+        "max_batch": queries.merged,
         "workers": upto,
         "engines": upto,
         "torch_threads": upto,
@@ -73,7 +93,7 @@ def neighbour(knobs: Knobs, name: str, ranges: Steps, upwards: bool) -> Knobs | 
     return replace(knobs, **{name: (min if upwards else max)(further)}) if further else None
 
 
-def triton_config(text: str, knobs: Knobs, *, name: str, largest: int, limit_ms: float = 0.0) -> str:
+def triton_config(text: str, knobs: Knobs, *, name: str, least_batch: int, limit_ms: float = 0.0) -> str:
     """`config.pbtxt` with these knobs and that name; everything else stays. `largest`: see `steps`.
 
     limit_ms: what the ranker adjusts `split_samples` for while it serves; 0: it stays.
@@ -83,7 +103,7 @@ def triton_config(text: str, knobs: Knobs, *, name: str, largest: int, limit_ms:
 
     config = text_format.Parse(text, model_config_pb2.ModelConfig())
     config.name = name
-    config.max_batch_size = max(largest, knobs.max_batch)
+    config.max_batch_size = max(least_batch, knobs.max_batch)
     if knobs.max_batch:
         config.dynamic_batching.max_queue_delay_microseconds = knobs.delay_us
     else:

@@ -14,7 +14,7 @@ from sidepool.bench.serve import make_console
 from sidepool.bench.stop_signals import stopped_by_signals
 from sidepool.bench.tune_command import limit_of
 from sidepool.bench.tuning.climb import Climb
-from sidepool.bench.tuning.knobs import Knobs, sidecar_config, triton_config
+from sidepool.bench.tuning.knobs import Knobs, Queries, sidecar_config, triton_config
 from sidepool.bench.tuning.tune import Job, Limit
 from sidepool.client.pipeline import model_directory
 
@@ -36,8 +36,7 @@ def tune(args: argparse.Namespace) -> int:
         model=args.model,
         limit=limit,
         requests=[model.triton(inputs) for inputs in given],
-        # Where ids are jagged, Triton counts requests.
-        largest=1 if model.jagged else int(found.max()),
+        queries=Queries(int(found.max()), model.jagged),
         about=about,
         directory=out / "climb",
         work_dir=args.work_dir,
@@ -47,7 +46,7 @@ def tune(args: argparse.Namespace) -> int:
     with stopped_by_signals():
         climb = job.climb(minutes=args.minutes, told=console.print)
         best = climb.run()
-    write_settings(args.model, out, best, largest=job.largest, limit_ms=limit.ms if args.online else 0.0)
+    write_settings(args.model, out, best, least_batch=job.queries.least_batch, limit_ms=limit.ms if args.online else 0.0)
     report = report_of(climb, limit)
     (out / "tune.json").write_text(json.dumps(about | report, indent=1) + "\n", encoding="utf-8")
     text = "\n".join(report_lines(climb, limit, args.model, out)) + "\n"
@@ -56,11 +55,11 @@ def tune(args: argparse.Namespace) -> int:
     return 0 if climb.best_score else 1
 
 
-def write_settings(artifact: Path, out: Path, knobs: Knobs, *, largest: int, limit_ms: float = 0.0) -> None:
+def write_settings(artifact: Path, out: Path, knobs: Knobs, *, least_batch: int, limit_ms: float = 0.0) -> None:
     """The artifact's `config.pbtxt` and `sidecar.yaml` files with these knobs, at the same places below `out`."""
     model = model_directory(artifact).parent
     text = (model / "config.pbtxt").read_text(encoding="utf-8")
-    text = triton_config(text, knobs, name=model.name, largest=largest, limit_ms=limit_ms)
+    text = triton_config(text, knobs, name=model.name, least_batch=least_batch, limit_ms=limit_ms)
     config = out / "model_repository" / model.name / "config.pbtxt"
     config.parent.mkdir(parents=True, exist_ok=True)
     config.write_text(text, encoding="utf-8")

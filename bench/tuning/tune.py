@@ -11,7 +11,7 @@ from typing import Any
 
 from sidepool.bench.traffic import Arrays
 from sidepool.bench.tuning.climb import GAIN, Climb
-from sidepool.bench.tuning.knobs import Knobs, Steps, starting_points, steps
+from sidepool.bench.tuning.knobs import Knobs, Queries, Steps, starting_points, steps
 from sidepool.bench.tuning.probing import prober
 from sidepool.bench.tuning.rates import better_rate, highest_rate
 from sidepool.bench.tuning.variants import Variant, served
@@ -40,8 +40,7 @@ class Job:
     """An artifact; with `whole`, a model's directory in a Triton repository."""
     limit: Limit
     requests: Sequence[Arrays]
-    largest: int
-    """Samples of the largest request."""
+    queries: Queries
     about: dict[str, Any]
     """What makes scores comparable: model, sizes, machine."""
     directory: Path
@@ -56,7 +55,9 @@ class Job:
         """Serve the setting, and find the highest rate within the limit; 0 where it does not beat `beat`."""
         variant = Variant(knobs, self.model) if self.whole else Variant.of(self.model, knobs)
         with (
-            served({NAME: variant}, largest=self.largest, directory=self.directory / "trial", work_dir=self.work_dir) as server,
+            served(
+                {NAME: variant}, least_batch=self.queries.least_batch, directory=self.directory / "trial", work_dir=self.work_dir
+            ) as server,
             prober(server.grpc, NAME, self.requests, seed=self.seed, scale=self.scale) as (probe, alone_s),
         ):
 
@@ -69,7 +70,7 @@ class Job:
         """A climb that measures for at most so many minutes, this time; `run` it."""
         count = cores or len(os.sched_getaffinity(0))
         begin = time.monotonic()
-        starts, ranges = starting_points(count, self.largest), steps(count, self.largest)
+        starts, ranges = starting_points(count, self.queries), steps(count, self.queries)
         if self.whole:
             starts, ranges = _of_whole(starts, ranges)
         return Climb(

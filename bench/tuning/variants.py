@@ -33,10 +33,10 @@ class Variant:
 
 
 @contextlib.contextmanager
-def served(variants: Mapping[str, Variant], *, largest: int, directory: Path, work_dir: Path) -> Iterator[TritonServer]:
+def served(variants: Mapping[str, Variant], *, least_batch: int, directory: Path, work_dir: Path) -> Iterator[TritonServer]:
     """Serve `variants` under their names from copies in `directory` (replaced); files are linked, ports are this machine's.
 
-    largest: samples of the largest query. work_dir: keeps the Triton installation; logs lie in `directory`.
+    least_batch: of Triton's `max_batch_size`. work_dir: keeps the Triton installation; logs lie in `directory`.
     Raises `TransportError` where something does not start.
     """
     shutil.rmtree(directory, ignore_errors=True)
@@ -45,7 +45,7 @@ def served(variants: Mapping[str, Variant], *, largest: int, directory: Path, wo
         for name, variant in variants.items():
             _copy(variant.model, repository / name)
             text = (variant.model / "config.pbtxt").read_text(encoding="utf-8")
-            _replace(repository / name / "config.pbtxt", triton_config(text, variant.knobs, name=name, largest=largest))
+            _replace(repository / name / "config.pbtxt", triton_config(text, variant.knobs, name=name, least_batch=least_batch))
             if variant.artifact is not None:
                 plan = repository / name / "1" / PLAN_FILE
                 configs = _copy_sidecars(variant.artifact, variant.knobs, directory / name, plan)

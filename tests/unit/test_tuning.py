@@ -18,21 +18,21 @@ from tritonclient.grpc import model_config_pb2
 
 from sidepool.bench.tune_command import limit_of
 from sidepool.bench.tuning.climb import GAIN, Climb
-from sidepool.bench.tuning.knobs import Knobs, sidecar_config, starting_points, static_baseline, steps, triton_config
+from sidepool.bench.tuning.knobs import Knobs, Queries, sidecar_config, starting_points, static_baseline, steps, triton_config
 from sidepool.bench.tuning.rates import PRECISION, highest_rate, in_turns, search
 from sidepool.client.dense import DenseGraph
 from sidepool.triton_backend.controller import BARRED, PATIENCE, SETTLE, SplitController
 from sidepool.triton_backend.splitting import SplitDense
 from sidepool.wire.errors import ConfigError
 
-CORES, LARGEST = 4, 1000
+CORES, QUERIES = 4, Queries(1000)
 PEAK = Knobs(instances=2, workers=3, split_samples=128, max_batch=2000, engines=2, engine_spin_us=50)
 
 
 def hill(knobs: Knobs) -> float:
     """A surface with one peak: 10 % lost per step from it, in each knob."""
     away = 0
-    for name, values in steps(CORES, LARGEST).items():
+    for name, values in steps(CORES, QUERIES).items():
         places = [abs(np.searchsorted(values, getattr(k, name))) for k in (knobs, PEAK)]
         away += abs(int(places[0]) - int(places[1]))
     return float(100 * 0.9**away)
@@ -40,8 +40,8 @@ def hill(knobs: Knobs) -> float:
 
 def climb(state: Path, score: Callable[[Knobs, float], float], **changes: object) -> Climb:
     given: dict[str, object] = {
-        "starts": starting_points(CORES, LARGEST),
-        "steps": steps(CORES, LARGEST),
+        "starts": starting_points(CORES, QUERIES),
+        "steps": steps(CORES, QUERIES),
         "score": score,
         "state": state,
         "about": {"model": "m"},
@@ -114,12 +114,14 @@ def test_searches_take_turns_and_what_meets_its_limit_nowhere_is_zero() -> None:
 def test_settings_are_written_where_triton_and_a_sidecar_read_them() -> None:
     text = 'name: "m"\nmax_batch_size: 512\ndynamic_batching { max_queue_delay_microseconds: 0 }\n'
     text += 'instance_group [ { count: 1 kind: KIND_CPU } ]\nparameters { key: "lane" value { string_value: "shm" } }\n'
-    merged = text_format.Parse(triton_config(text, PEAK, name="n", largest=LARGEST, limit_ms=50), model_config_pb2.ModelConfig())
+    merged = text_format.Parse(triton_config(text, PEAK, name="n", least_batch=1000, limit_ms=50), model_config_pb2.ModelConfig())
     assert (merged.name, merged.max_batch_size, merged.instance_group[0].count) == ("n", 2000, 2)
     parameters = {key: value.string_value for key, value in merged.parameters.items()}
     ranker = {"torch_threads": "1", "workers": "3", "split_samples": "128", "spin_us": "50", "limit_ms": "50"}
     assert parameters == {"lane": "shm", **ranker}
-    alone = text_format.Parse(triton_config(text, replace(PEAK, max_batch=0), name="n", largest=7), model_config_pb2.ModelConfig())
+    alone = text_format.Parse(
+        triton_config(text, replace(PEAK, max_batch=0), name="n", least_batch=7), model_config_pb2.ModelConfig()
+    )
     assert not alone.HasField("dynamic_batching")
     assert alone.max_batch_size == 7
     sidecar = "name: s\nlisten: {grpc: '10.0.0.7:50151', tcp: '10.0.0.7:0', unix: null}\n"
@@ -132,7 +134,7 @@ def test_settings_are_written_where_triton_and_a_sidecar_read_them() -> None:
 
 
 def test_the_static_baseline_splits_the_largest_query_evenly_over_the_cores() -> None:
-    assert static_baseline(3, 1000) == Knobs(instances=3, workers=3, split_samples=334)
+    assert static_baseline(3, QUERIES) == Knobs(instances=3, workers=3, split_samples=334)
 
 
 def test_a_limit_is_a_percentile_and_milliseconds() -> None:
