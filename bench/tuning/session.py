@@ -18,6 +18,8 @@ from sidepool.bench.tuning.knobs import Knobs, Queries, sidecar_config, triton_c
 from sidepool.bench.tuning.tune import Job, Limit
 from sidepool.client.pipeline import model_directory
 
+# What rates depend on, of what is known of the machine.
+MACHINE = ("cpu", "cores", "torch", "seed")
 # Of the length of a load, under --quick.
 QUICK = 0.25
 
@@ -31,7 +33,8 @@ def tune(args: argparse.Namespace) -> int:
     found = sizes.parse_sizes(args.sizes)(args.requests, args.seed)
     given = generated_requests(model, found, ids=args.ids, ids_per_bag=args.ids_per_bag, seed=args.seed)
     asked = {"sizes": args.sizes, "ids": args.ids, "ids_per_bag": args.ids_per_bag, "requests": args.requests, "quick": args.quick}
-    about = {"model": model.model.name, "plan": model.plan.fingerprint, **asked, **machine.describe(args.seed)}
+    here = {key: value for key, value in machine.describe(args.seed).items() if key in MACHINE}
+    about = {"model": model.model.name, "plan": model.plan.fingerprint, **asked, **here}
     job = Job(
         model=args.model,
         limit=limit,
