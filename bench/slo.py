@@ -43,7 +43,7 @@ SHARES = (1.0, 0.5, 1.5)
 # Of each model's time for climbing, the whole one's: it has four of the nine knobs.
 WHOLE_SHARE = 0.4
 # Loads at half of the whole model's highest rate, in turns.
-FIXED_TURNS, FIXED_S = 2, 8.0
+FIXED_TURNS, FIXED_S = 2, 5.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -167,9 +167,7 @@ class Model:
             limit_ms = share * self._limit.ms
 
             def meets(name: str, rate: float, limit_ms: float = limit_ms) -> bool:
-                result = probes[name][0].load(rate, slo_ms=limit_ms)
-                loads[name].append((rate, result))
-                return result.attainment >= self._limit.percent / 100
+                return probes[name][0].meets(rate, limit_ms=limit_ms, percent=self._limit.percent, kept=loads[name])
 
             searches: dict[str, tuple[Search, Meets]] = {}
             for name, (_, alone_s) in probes.items():

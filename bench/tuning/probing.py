@@ -14,6 +14,8 @@ from sidepool.bench.traffic import Arrays, Caller, infer_inputs
 # Seconds of one load: enough requests for a 95th percentile, but no longer than a climb can afford.
 REQUESTS, LEAST_S, MOST_S = 300, 3.0, 10.0
 WARMUP_S = 0.5
+# A share of requests in time that misses by less than this may be one stall of the machine.
+NARROW = 0.04
 # Requests sent one after another before the first load: the first ones meet code that is not loaded and memory not touched.
 WARMING = 6
 
@@ -34,9 +36,19 @@ class Prober:
         schedule = make_schedule(arrivals, self._target.requests, self._seed, seconds=seconds)
         return run_load(self._target, schedule, warmup_s=WARMUP_S, slo_ms=slo_ms)
 
-    def meets(self, rate: float, *, limit_ms: float, percent: float = 95.0) -> bool:
-        """Whether `percent` of the requests at `rate` were answered within the limit."""
-        return self.load(rate, slo_ms=limit_ms).attainment >= percent / 100
+    def meets(self, rate: float, *, limit_ms: float, percent: float, kept: list[tuple[float, LoadResult]] | None = None) -> bool:
+        """Whether `percent` of the requests at `rate` were answered within the limit; a second load decides a narrow miss.
+
+        kept: takes the rate and what came of it.
+        """
+        wanted = percent / 100
+        result = self.load(rate, slo_ms=limit_ms)
+        found = result.attainment
+        if wanted - NARROW < found < wanted:
+            found = (found + self.load(rate, slo_ms=limit_ms).attainment) / 2
+        if kept is not None:
+            kept.append((rate, result))
+        return found >= wanted
 
 
 @contextlib.contextmanager

@@ -17,6 +17,10 @@ from sidepool.wire.model import PLAN_FILE
 from sidepool.wire.plan import load_plan, save_plan
 
 
+# Configurations are whole: Triton need not start every model once more to ask what is missing.
+COMPLETE = ("--disable-auto-complete-config",)
+
+
 @dataclass(frozen=True)
 class Variant:
     """A setting of an artifact, or of a model's directory in a Triton repository, which needs no sidecars (`artifact` None)."""
@@ -50,7 +54,7 @@ def served(variants: Mapping[str, Variant], *, least_batch: int, directory: Path
                 plan = repository / name / "1" / PLAN_FILE
                 configs = _copy_sidecars(variant.artifact, variant.knobs, directory / name, plan)
                 stack.enter_context(running_sidecars(configs, work_dir=logs / name))
-        yield stack.enter_context(TritonServer(repository, work_dir=work_dir, log=logs / "triton.log"))
+        yield stack.enter_context(TritonServer(repository, work_dir=work_dir, log=logs / "triton.log", arguments=COMPLETE))
 
 
 def _copy_sidecars(artifact: Path, knobs: Knobs, directory: Path, plan_of_ranker: Path) -> list[Path]:
