@@ -150,7 +150,7 @@ class Model:
             requests=self._requests,
             queries=self._queries,
             about={"model": self._name, "sizes": self._args.sizes, "quick": self._args.quick, "rows": MAX_ROWS},
-            directory=self._directory / f"climb-{kind}",
+            directory=self._directory / f"climb-{kind}{'-quick' * self._args.quick}",
             work_dir=self._args.work_dir,
             seed=self._args.seed,
             scale=self._scale,

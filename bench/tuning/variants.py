@@ -16,7 +16,6 @@ from sidepool.client.pipeline import model_directory
 from sidepool.wire.model import PLAN_FILE
 from sidepool.wire.plan import load_plan, save_plan
 
-
 # Configurations are whole: Triton need not start every model once more to ask what is missing.
 COMPLETE = ("--disable-auto-complete-config",)
 
