@@ -147,17 +147,17 @@ def _requests(
                 _put_fixed(inputs, source, ids[of_request], specs[source.input])
             else:
                 _put_jagged(inputs, source, ids[of_request], specs)
-        requests.append(inputs)
+        requests.append({n: v.reshape(size, *specs[n].shape[1:]) if v.ndim == 2 else v for n, v in inputs.items()})
     return requests
 
 
 def _put_fixed(inputs: Inputs, source: FixedSource, ids: NDArray[np.int64], spec: TensorSpec) -> None:
-    """Columns of an id matrix; an input of shape `[batch]` is one column."""
+    """Columns of an id matrix, its further dimensions laid out row by row; an input of shape `[batch]` is one column."""
     if len(spec.shape) == 1:
         inputs[source.input] = ids[:, 0].astype(spec.dtype)
         return
     if source.input not in inputs:
-        inputs[source.input] = np.zeros((len(ids), max(spec.shape[1], source.end)), spec.dtype)
+        inputs[source.input] = np.zeros((len(ids), max(int(np.prod(spec.shape[1:])), source.end)), spec.dtype)
     inputs[source.input][:, source.begin : source.end] = ids
 
 

@@ -10,7 +10,7 @@ import yaml
 
 from sidepool.__main__ import main
 from sidepool.bench import triton_server
-from sidepool.bench.models import dlrm
+from sidepool.bench.models.deeprecsys import deeprecsys
 from sidepool.bench.triton_server import TritonServer
 from sidepool.partition import partition_model
 
@@ -22,12 +22,12 @@ def test_a_model_is_tuned_and_the_command_goes_on_where_it_was(
 ) -> None:
     if reason := triton_server.missing():
         pytest.skip(f"no Triton: {reason}")
-    model, example = dlrm.multi_hot(50)
+    model, example = deeprecsys("ncf", max_rows=50)
     partition_model(model, example, tmp_path / "shop", name="shop", sidecars=1)
     before = {path: path.read_bytes() for path in (tmp_path / "shop").rglob("*") if path.is_file()}
     # Time for one setting, the static baseline.
     common = ["tune", "--model", str(tmp_path / "shop"), "--slo", "p95=250ms", "--minutes", "0", "--work-dir", "build"]
-    command = [*common, "--quick", "--online", "--sizes", "64", "--requests", "4", "--ids-per-bag", "3", "--ids", "uniform"]
+    command = [*common, "--quick", "--online", "--sizes", "64", "--requests", "4", "--ids", "uniform"]
     assert main(command) == 0
     out = tmp_path / "shop-tuned"
     found = json.loads((out / "tune.json").read_text())

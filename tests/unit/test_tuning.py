@@ -135,6 +135,12 @@ def test_settings_are_written_where_triton_and_a_sidecar_read_them() -> None:
 
 def test_the_static_baseline_splits_the_largest_query_evenly_over_the_cores() -> None:
     assert static_baseline(3, QUERIES) == Knobs(instances=3, workers=3, split_samples=334)
+    assert static_baseline(2, Queries(9, jagged=True)) == Knobs(instances=2, workers=2, split_samples=5)
+
+
+def test_triton_merges_samples_or_requests_and_takes_at_least_the_largest_query() -> None:
+    assert (QUERIES.least_batch, QUERIES.merged) == (1000, (0, 1000, 2000, 4000))
+    assert (Queries(9, jagged=True).least_batch, Queries(9, jagged=True).merged[0]) == (1, 0)
 
 
 def test_a_limit_is_a_percentile_and_milliseconds() -> None:
