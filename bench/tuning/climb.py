@@ -16,7 +16,7 @@ from sidepool.wire.errors import ConfigError
 GAIN = 1.05
 
 Score = Callable[[Knobs, float], float]
-"""`score(knobs, beat)`: requests per second within the limit; 0 where they are not `GAIN` times `beat` (0: measure anyway)."""
+"""`score(knobs, beat)`: requests per second within the limit, or 0 where they are below `GAIN` times `beat`."""
 
 
 @dataclass

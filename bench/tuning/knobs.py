@@ -94,9 +94,9 @@ def neighbour(knobs: Knobs, name: str, ranges: Steps, upwards: bool) -> Knobs | 
 
 
 def triton_config(text: str, knobs: Knobs, *, name: str, least_batch: int, limit_ms: float = 0.0) -> str:
-    """`config.pbtxt` with these knobs and that name; everything else stays. `largest`: see `steps`.
+    """`config.pbtxt` with these knobs and that name; everything else stays.
 
-    limit_ms: what the ranker adjusts `split_samples` for while it serves; 0: it stays.
+    least_batch: of `max_batch_size`. limit_ms: what the ranker adjusts `split_samples` for while it serves; 0: it stays.
     """
     from google.protobuf import text_format
     from tritonclient.grpc import model_config_pb2
