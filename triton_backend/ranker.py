@@ -18,7 +18,7 @@ from sidepool.triton_backend.incoming import Incoming, Reader
 from sidepool.triton_backend.settings import RankerParameters, Settings
 from sidepool.triton_backend.splitting import SplitDense
 from sidepool.triton_backend.stages import StageReporter, StageTimes
-from sidepool.wire.errors import DeadlineExceeded, LookupRejected, SidepoolError
+from sidepool.wire.errors import ConfigError, DeadlineExceeded, LookupRejected, SidepoolError
 from sidepool.wire.etcd_members import EtcdMembers
 from sidepool.wire.model import DEGRADED_OUTPUT, MODEL_FILE, PLAN_FILE, TensorSpec, load_model
 from sidepool.wire.plan import OnMissingShard, Plan
@@ -56,6 +56,9 @@ class Ranker:
         model = load_model(settings.artifact / MODEL_FILE, plan)
         router = FeatureRouter(model, plan, settings.artifact)
         self._reader = Reader(model, router, parameters.deadline_ms)
+        if parameters.split_samples and self._reader.dense_reads_ids:
+            found = f"parameters: split_samples: found {parameters.split_samples}"
+            raise ConfigError(f"{found}; allowed: 0, since the dense half reads ids, which differ in number from sample to sample")
         self._admission = Admission(parameters.max_ids)
         self._dense = DenseGraph(model, settings.artifact, device=settings.device, threads=parameters.torch_threads or None)
         on_cpu = None
