@@ -39,7 +39,7 @@ def tune(args: argparse.Namespace) -> int:
         model=args.model,
         limit=limit,
         requests=[model.triton(inputs) for inputs in given],
-        queries=Queries(int(found.max()), model.jagged),
+        queries=Queries(int(found.max()), model.model.jagged),
         about=about,
         directory=out / "climb",
         work_dir=args.work_dir,
