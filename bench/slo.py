@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--models", default=",".join(LIMITS_MS), metavar="NAMES", help="separated by commas (default: all eight)")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw what is in FILE")
     parser.add_argument("--sizes", default="lognormal", metavar="KIND", help="samples: lognormal (default), mlperf, N, a file")
-    parser.add_argument("--limits", default=",".join(f"{s:g}" for s in SHARES), metavar="S", help="shares of the published limit")
+    parser.add_argument("--limits", default=",".join(f"{s:g}" for s in SHARES), metavar="S", help="shares of the published limit, beside 1")
     parser.add_argument("--tune-minutes", type=float, default=6.0, metavar="M", help="per model, monolithic included (default: 6)")
     parser.add_argument("--overload-seconds", type=float, default=0.0, metavar="S", help="also twice the highest rate for so long")
     parser.add_argument("--quick", action="store_true", help="loads a quarter as long: for trying the command, not for figures")
@@ -86,7 +86,7 @@ class Model:
     def __init__(self, name: str, args: argparse.Namespace, console: Console) -> None:
         self._name, self._args, self._console = name, args, console
         self._limit = Limit(95.0, LIMITS_MS[name])
-        self._shares = [float(share) for share in args.limits.split(",")]
+        self._shares = list(dict.fromkeys([1.0, *(float(share) for share in args.limits.split(","))]))
         self._scale = 0.25 if args.quick else 1.0
         self._cores = len(os.sched_getaffinity(0))
         self._directory: Path = args.work_dir / "slo" / name
@@ -163,7 +163,7 @@ class Model:
         """By share of the published limit and by system: the highest rate within it."""
         loads: dict[str, list[tuple[float, LoadResult]]] = {name: [] for name in probes}
         found: dict[str, dict[str, float]] = {}
-        for share in sorted(self._shares, key=lambda s: s != 1.0):
+        for share in self._shares:
             limit_ms = share * self._limit.ms
 
             def meets(name: str, rate: float, limit_ms: float = limit_ms) -> bool:
