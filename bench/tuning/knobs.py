@@ -66,7 +66,7 @@ def static_baseline(cores: int, queries: Queries) -> Knobs:
 
 def starting_points(cores: int, queries: Queries) -> list[Knobs]:
     """Where a climb begins: the baseline, queries side by side, and queries merged for one process that uses all cores."""
-    side_by_side = Knobs(instances=cores)
+    side_by_side = Knobs(instances=cores, engines=cores)
     return [static_baseline(cores, queries), side_by_side, Knobs(max_batch=queries.merged[2], workers=cores, split_samples=256)]
 
 
@@ -75,10 +75,10 @@ def steps(cores: int, queries: Queries) -> Steps:
     upto = tuple(n for n in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128) if n <= cores)
     return {
         "split_samples": (0, 32, 64, 128, 256, 512),
+        "engines": upto,
         "instances": upto,
         "max_batch": queries.merged,
         "workers": upto,
-        "engines": upto,
         "torch_threads": upto,
         "delay_us": (0, 500, 2000),
         "engine_spin_us": (0, 5, 50),
