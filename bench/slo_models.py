@@ -20,7 +20,7 @@ from sidepool.partition import partition_model
 from sidepool.wire.model import MODEL_FILE, PLAN_FILE, load_model
 from sidepool.wire.plan import load_plan
 
-# p95 limits in milliseconds that DeepRecSys publishes for its models (Gupta et al., ISCA 2020, table II).
+# p95 limits in milliseconds that DeepRecSys publishes for its models (Gupta et al., ISCA 2020).
 LIMITS_MS: dict[str, float] = {
     "ncf": 5,
     "wide_and_deep": 25,
