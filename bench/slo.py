@@ -30,7 +30,7 @@ from sidepool.bench.stop_signals import stopped_by_signals
 from sidepool.bench.traffic import Arrays
 from sidepool.bench.triton_server import TritonServer
 from sidepool.bench.tuning.knobs import Knobs, Queries, static_baseline
-from sidepool.bench.tuning.probing import Prober, prober
+from sidepool.bench.tuning.probing import BUSY, IDLE, Prober, prober
 from sidepool.bench.tuning.rates import Meets, Search, in_turns, search
 from sidepool.bench.tuning.tune import Job, Limit
 from sidepool.bench.tuning.variants import Variant, served
@@ -172,8 +172,8 @@ class Model:
             searches: dict[str, tuple[Search, Meets]] = {}
             for name, (_, alone_s) in probes.items():
                 low, high = self._known(loads[name], limit_ms)
-                start = 0.6 / alone_s if not loads[name] else max(low, high)
-                searches[name] = (search(start, low=low, high=high), partial(meets, name))
+                start = BUSY / alone_s if not loads[name] else max(low, high)
+                searches[name] = (search(start, low=low, high=high, least=IDLE / alone_s), partial(meets, name))
             rates = in_turns(searches)
             found[f"{share:g}"] = {name: round(rates[name], 2) for name in probes}
             self._say(f"requests/s with p95 within {limit_ms:g} ms: {found[f'{share:g}']}")
