@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--models", default=",".join(LIMITS_MS), metavar="NAMES", help="separated by commas (default: all eight)")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw what is in FILE")
     parser.add_argument("--sizes", default="lognormal", metavar="KIND", help="samples: lognormal (default), mlperf, N, a file")
-    parser.add_argument("--limits", default=",".join(f"{s:g}" for s in SHARES), metavar="S", help="shares of the published limit, beside 1")
+    parser.add_argument("--limits", default=",".join(f"{s:g}" for s in SHARES), metavar="S", help="shares of the published limit")
     parser.add_argument("--tune-minutes", type=float, default=6.0, metavar="M", help="per model, monolithic included (default: 6)")
     parser.add_argument("--overload-seconds", type=float, default=0.0, metavar="S", help="also twice the highest rate for so long")
     parser.add_argument("--quick", action="store_true", help="loads a quarter as long: for trying the command, not for figures")
