@@ -22,7 +22,7 @@ from sidepool.bench import machine
 from sidepool.bench.energy import Energy, read_energy
 from sidepool.bench.load import LoadResult, sizes
 from sidepool.bench.serve import make_console
-from sidepool.bench.slo_models import LIMITS_MS, MAX_ROWS, MOST_REQUESTS, build, requests
+from sidepool.bench.slo_models import LIMITS_MS, MAX_ROWS, build, requests
 from sidepool.bench.slo_overload import overloaded
 from sidepool.bench.slo_report import SYSTEMS, plot, print_summary, summary
 from sidepool.bench.stage_table import between, snapshot
@@ -94,10 +94,9 @@ class Model:
         self._say("building")
         built = build(name, self._directory / "built", args.seed)
         self._artifact, self._whole = built / "artifact", built / "whole" / name
-        drawn = sizes.parse_sizes(args.sizes)(MOST_REQUESTS, args.seed)
-        self._requests: Sequence[Arrays] = requests(name, self._artifact, drawn, args.seed)
+        self._requests: Sequence[Arrays] = requests(name, self._artifact, sizes.parse_sizes(args.sizes), args.seed)
         self._sizes = [len(next(iter(arrays.values()))) for arrays in self._requests]
-        self._queries = Queries(int(drawn.max()))
+        self._queries = Queries(max(self._sizes))
 
     def measure(self) -> dict[str, Any]:
         """Everything about the model, as plain data."""
