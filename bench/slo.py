@@ -22,7 +22,7 @@ from sidepool.bench import machine
 from sidepool.bench.energy import Energy, read_energy
 from sidepool.bench.load import LoadResult, sizes
 from sidepool.bench.serve import make_console
-from sidepool.bench.slo_models import LIMITS_MS, MAX_ROWS, MOST_REQUESTS, build, requests
+from sidepool.bench.slo_models import LIMITS_MS, MAX_ROWS, build, requests
 from sidepool.bench.slo_overload import overloaded
 from sidepool.bench.slo_report import SYSTEMS, plot, print_summary, summary
 from sidepool.bench.stage_table import between, snapshot
@@ -30,7 +30,7 @@ from sidepool.bench.stop_signals import stopped_by_signals
 from sidepool.bench.traffic import Arrays
 from sidepool.bench.triton_server import TritonServer
 from sidepool.bench.tuning.knobs import Knobs, Queries, static_baseline
-from sidepool.bench.tuning.probing import Prober, prober
+from sidepool.bench.tuning.probing import BUSY, IDLE, Prober, prober
 from sidepool.bench.tuning.rates import Meets, Search, in_turns, search
 from sidepool.bench.tuning.tune import Job, Limit
 from sidepool.bench.tuning.variants import Variant, served
@@ -41,7 +41,7 @@ WHOLE, STATIC, TUNED = SYSTEMS
 # Limits beside the published one, as shares of it.
 SHARES = (1.0, 0.5, 1.5)
 # Of each model's time for climbing, the whole one's: it has four of the nine knobs.
-WHOLE_SHARE = 0.4
+WHOLE_SHARE = 0.3
 # Loads at half of the whole model's highest rate, in turns.
 FIXED_TURNS, FIXED_S = 2, 5.0
 
@@ -86,7 +86,7 @@ class Model:
     def __init__(self, name: str, args: argparse.Namespace, console: Console) -> None:
         self._name, self._args, self._console = name, args, console
         self._limit = Limit(95.0, LIMITS_MS[name])
-        self._shares = [float(share) for share in args.limits.split(",")]
+        self._shares = list(dict.fromkeys([1.0, *(float(share) for share in args.limits.split(","))]))
         self._scale = 0.25 if args.quick else 1.0
         self._cores = len(os.sched_getaffinity(0))
         self._directory: Path = args.work_dir / "slo" / name
@@ -94,10 +94,9 @@ class Model:
         self._say("building")
         built = build(name, self._directory / "built", args.seed)
         self._artifact, self._whole = built / "artifact", built / "whole" / name
-        drawn = sizes.parse_sizes(args.sizes)(MOST_REQUESTS, args.seed)
-        self._requests: Sequence[Arrays] = requests(name, self._artifact, drawn, args.seed)
+        self._requests: Sequence[Arrays] = requests(name, self._artifact, sizes.parse_sizes(args.sizes), args.seed)
         self._sizes = [len(next(iter(arrays.values()))) for arrays in self._requests]
-        self._queries = Queries(int(drawn.max()))
+        self._queries = Queries(max(self._sizes))
 
     def measure(self) -> dict[str, Any]:
         """Everything about the model, as plain data."""
@@ -163,7 +162,7 @@ class Model:
         """By share of the published limit and by system: the highest rate within it."""
         loads: dict[str, list[tuple[float, LoadResult]]] = {name: [] for name in probes}
         found: dict[str, dict[str, float]] = {}
-        for share in sorted(self._shares, key=lambda s: s != 1.0):
+        for share in self._shares:
             limit_ms = share * self._limit.ms
 
             def meets(name: str, rate: float, limit_ms: float = limit_ms) -> bool:
@@ -172,8 +171,8 @@ class Model:
             searches: dict[str, tuple[Search, Meets]] = {}
             for name, (_, alone_s) in probes.items():
                 low, high = self._known(loads[name], limit_ms)
-                start = 0.6 / alone_s if not loads[name] else max(low, high)
-                searches[name] = (search(start, low=low, high=high), partial(meets, name))
+                start = BUSY / alone_s if not loads[name] else max(low, high)
+                searches[name] = (search(start, low=low, high=high, least=IDLE / alone_s), partial(meets, name))
             rates = in_turns(searches)
             found[f"{share:g}"] = {name: round(rates[name], 2) for name in probes}
             self._say(f"requests/s with p95 within {limit_ms:g} ms: {found[f'{share:g}']}")

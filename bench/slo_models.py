@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from sidepool.partition import partition_model
 from sidepool.wire.model import MODEL_FILE, PLAN_FILE, load_model
 from sidepool.wire.plan import load_plan
 
-# p95 limits in milliseconds that DeepRecSys publishes for its models (Gupta et al., ISCA 2020, table II).
+# p95 limits in milliseconds that DeepRecSys publishes for its models (Gupta et al., ISCA 2020).
 LIMITS_MS: dict[str, float] = {
     "ncf": 5,
     "wide_and_deep": 25,
@@ -61,19 +62,18 @@ def table_rows(name: str) -> list[int]:
     return [min(n, MAX_ROWS) for n in SIZES[name].rows]
 
 
-def requests(name: str, artifact: Path, sizes: Sizes, seed: int) -> list[Arrays]:
-    """One request per size until `REQUEST_BYTES` are used up, with the reuse of Meta's traces; sizes must be in random order."""
+def requests(name: str, artifact: Path, sizes: Callable[[int, int], Sizes], seed: int) -> list[Arrays]:
+    """As many requests of `sizes(count, seed)` samples as `REQUEST_BYTES` hold, with the reuse of Meta's traces."""
     spec = load_model(model_directory(artifact) / MODEL_FILE, load_plan(artifact / PLAN_FILE))
     draw = _Traces(seed)
-    made: list[Arrays] = []
-    total = 0
-    for size in sizes[:MOST_REQUESTS].tolist():
-        tensors = inputs(name, table_rows(name), size, draw)
-        made.append({t.name: given.numpy() for t, given in zip(spec.inputs, tensors, strict=True)})
-        total += sum(array.nbytes for array in made[-1].values())
-        if total > REQUEST_BYTES and len(made) >= LEAST_REQUESTS:
-            break
-    return made
+
+    def request(samples: int) -> Arrays:
+        tensors = inputs(name, table_rows(name), samples, draw)
+        return {t.name: given.numpy() for t, given in zip(spec.inputs, tensors, strict=True)}
+
+    sample_bytes = sum(array.nbytes for array in request(1).values())
+    fit = REQUEST_BYTES / (sample_bytes * sizes(MOST_REQUESTS, seed).mean())
+    return [request(size) for size in sizes(int(np.clip(fit, LEAST_REQUESTS, MOST_REQUESTS)), seed).tolist()]
 
 
 class _Traces:

@@ -32,13 +32,14 @@ def overloaded(
         before_bytes = _resident(server)
         peaks = [before_bytes]
         result = run_load(target, schedule, slo_ms=limit_ms, view=lambda _: peaks.append(_resident(server)))
-    return _figures(result, during.size, seconds, limit_ms, highest_qps) | {
+    return figures(result, during.size, seconds, limit_ms=limit_ms, highest_qps=highest_qps) | {
         "anonymous_bytes": {"before": before_bytes, "most": max(peaks)},
         "errors": result.errors,
     }
 
 
-def _figures(result: LoadResult, during: int, seconds: float, limit_ms: float, highest_qps: float) -> dict[str, float]:
+def figures(result: LoadResult, during: int, seconds: float, *, limit_ms: float, highest_qps: float) -> dict[str, float]:
+    """Of a load whose first `during` requests, in `seconds`, are the overload."""
     late_ns = result.done_ns - result.schedule.due_ns
     good = (result.status == OK) & (late_ns <= limit_ms * 1e6)
     missed_s = (result.schedule.due_ns[during:][~good[during:]] / 1e9) - seconds

@@ -37,11 +37,6 @@ class PartitionedModel:
         self.sources = [feature.source for feature in self.model.features]
         self.router = FeatureRouter(self.model, self.plan, self.directory)
 
-    @property
-    def jagged(self) -> bool:
-        """Whether ids come with their number per sample: Triton then batches requests, not samples."""
-        return any(isinstance(source, JaggedSource) for source in self.sources)
-
     def part(self, inputs: Inputs) -> Part:
         """What a lookup takes."""
         return self.router.route(inputs)

@@ -47,6 +47,8 @@ class Queries:
     """Samples of the largest query."""
     jagged: bool = False
     """Triton then counts requests, not samples."""
+    divisible: bool = True
+    """False where the dense half reads ids of bags: batches then stay whole."""
 
     @property
     def least_batch(self) -> int:
@@ -61,24 +63,28 @@ class Queries:
 
 def static_baseline(cores: int, queries: Queries) -> Knobs:
     """DeepRecSys's baseline: the largest query is split evenly over all cores; queries are not merged."""
-    return Knobs(instances=cores, workers=cores, split_samples=-(-queries.largest // cores))
+    return Knobs(instances=cores, workers=cores, split_samples=-(-queries.largest // cores) * queries.divisible)
 
 
 def starting_points(cores: int, queries: Queries) -> list[Knobs]:
     """Where a climb begins: the baseline, queries side by side, and queries merged for one process that uses all cores."""
-    side_by_side = Knobs(instances=cores)
-    return [static_baseline(cores, queries), side_by_side, Knobs(max_batch=queries.merged[2], workers=cores, split_samples=256)]
+    side_by_side = Knobs(instances=cores, engines=cores)
+    return [
+        static_baseline(cores, queries),
+        side_by_side,
+        Knobs(max_batch=queries.merged[2], workers=cores, split_samples=256 * queries.divisible),
+    ]
 
 
 def steps(cores: int, queries: Queries) -> Steps:
     """The knobs of a partitioned model, those that matter most first."""
     upto = tuple(n for n in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128) if n <= cores)
     return {
-        "split_samples": (0, 32, 64, 128, 256, 512),
+        "split_samples": (0, 32, 64, 128, 256, 512) if queries.divisible else (0,),
+        "engines": upto,
         "instances": upto,
         "max_batch": queries.merged,
         "workers": upto,
-        "engines": upto,
         "torch_threads": upto,
         "delay_us": (0, 500, 2000),
         "engine_spin_us": (0, 5, 50),

@@ -14,6 +14,8 @@ from sidepool.bench.traffic import Arrays, Caller, infer_inputs
 # Seconds of one load: enough requests for a 95th percentile, but no longer than a climb can afford.
 REQUESTS, LEAST_S, MOST_S = 300, 3.0, 10.0
 WARMUP_S = 0.5
+# Rates at which requests that come one after another keep the server so busy: a first guess, and one below which it only idles.
+BUSY, IDLE = 0.6, 0.05
 # A share of requests in time that misses by less than this may be one stall of the machine.
 NARROW = 0.04
 # Requests sent one after another before the first load: the first ones meet code that is not loaded and memory not touched.

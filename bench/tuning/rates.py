@@ -16,9 +16,12 @@ STEP, PRECISION = 1.5, 1.06
 LEAST = 0.2
 
 
-def search(start: float, *, low: float = 0.0, high: float = 0.0) -> Search:
-    """Bracket and halve. `start`: a guess; low, high: rates known to meet the limit and to miss it, 0: none."""
-    rate = max(start, LEAST)
+def search(start: float, *, low: float = 0.0, high: float = 0.0, least: float = LEAST) -> Search:
+    """Bracket and halve. `start`: a guess; low, high: rates known to meet the limit and to miss it, 0: none.
+
+    least: a rate at which the server is all but idle; what misses the limit there meets it nowhere.
+    """
+    rate = max(start, least)
     while not (low and high and high / low <= PRECISION):
         if low and high:
             rate = (low * high) ** 0.5
@@ -26,7 +29,7 @@ def search(start: float, *, low: float = 0.0, high: float = 0.0) -> Search:
             rate = max(rate, low * STEP)
         elif high:
             rate = min(rate, high / STEP)
-            if rate < LEAST:
+            if rate < least:
                 return 0.0
         if (yield rate):
             low = rate
@@ -35,9 +38,9 @@ def search(start: float, *, low: float = 0.0, high: float = 0.0) -> Search:
     return low
 
 
-def highest_rate(meets: Meets, start: float) -> float:
-    """The highest rate that was seen to meet the limit, 0 where none above `LEAST` does."""
-    return in_turns({"": (search(start), meets)})[""]
+def highest_rate(meets: Meets, start: float, least: float = LEAST) -> float:
+    """The highest rate that was seen to meet the limit, 0 where none above `least` does."""
+    return in_turns({"": (search(start, least=least), meets)})[""]
 
 
 def better_rate(meets: Meets, beat: float, gain: float) -> float:

@@ -12,7 +12,7 @@ from typing import Any
 from sidepool.bench.traffic import Arrays
 from sidepool.bench.tuning.climb import GAIN, Climb
 from sidepool.bench.tuning.knobs import Knobs, Queries, Steps, starting_points, steps
-from sidepool.bench.tuning.probing import prober
+from sidepool.bench.tuning.probing import BUSY, IDLE, prober
 from sidepool.bench.tuning.rates import better_rate, highest_rate
 from sidepool.bench.tuning.variants import Variant, served
 
@@ -64,7 +64,7 @@ class Job:
             def meets(rate: float) -> bool:
                 return probe.meets(rate, limit_ms=self.limit.ms, percent=self.limit.percent)
 
-            return better_rate(meets, beat, GAIN) if beat else highest_rate(meets, 0.6 / alone_s)
+            return better_rate(meets, beat, GAIN) if beat else highest_rate(meets, BUSY / alone_s, IDLE / alone_s)
 
     def climb(self, *, minutes: float, told: Callable[[str], None], cores: int | None = None) -> Climb:
         """A climb that measures for at most so many minutes, this time; `run` it."""

@@ -136,6 +136,8 @@ def test_settings_are_written_where_triton_and_a_sidecar_read_them() -> None:
 def test_the_static_baseline_splits_the_largest_query_evenly_over_the_cores() -> None:
     assert static_baseline(3, QUERIES) == Knobs(instances=3, workers=3, split_samples=334)
     assert static_baseline(2, Queries(9, jagged=True)) == Knobs(instances=2, workers=2, split_samples=5)
+    whole = Queries(9, jagged=True, divisible=False)
+    assert {start.split_samples for start in starting_points(2, whole)} == {0} == set(steps(2, whole)["split_samples"])
 
 
 def test_triton_merges_samples_or_requests_and_takes_at_least_the_largest_query() -> None:
