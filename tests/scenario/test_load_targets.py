@@ -77,7 +77,8 @@ def test_a_model_in_triton(load: Any, model: Served, tmp_path: Path) -> None:
 
 def test_real_rows_and_mlperf_sizes(load: Any, model: Served, tmp_path: Path) -> None:
     criteo.write_rows(criteo.generate_rows(50), tmp_path / "rows.tsv")
-    rows = ["--ids", f"criteo:{tmp_path / 'rows.tsv'}", "--sizes", "mlperf", "--arrivals", "constant"]
+    # Time enough for a busy machine, which serves so many samples more slowly than they come.
+    rows = ["--ids", f"criteo:{tmp_path / 'rows.tsv'}", "--sizes", "mlperf", "--arrivals", "constant", "--deadline-ms", "60000"]
     status, found = load("--triton", model.deployment.server.grpc, *rows)
     assert status == 0
     check(found)
