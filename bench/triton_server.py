@@ -100,7 +100,8 @@ class TritonServer:
     """One tritonserver process over `repository`, as a context manager.
 
     Entering starts it and waits until every model is ready (`TransportError` with the log's end if it is not).
-    Leaving stops the server and its stubs, and removes its shared memory, whatever happened inside.
+    Leaving stops the server and its stubs, and removes its shared memory, whatever happened inside; `TransportError` with the
+    log's end where the server was gone already.
     """
 
     def __init__(
@@ -120,6 +121,7 @@ class TritonServer:
         self._ready_timeout_s = ready_timeout_s
         self.shm_prefix = f"sidepool_{os.getpid()}_{next(_serial)}_"
         self._process: subprocess.Popen[bytes] | None = None
+        self._killed = False
         self.http_port, self.grpc_port, self.metrics_port = free_ports(3)
 
     @property
@@ -161,7 +163,10 @@ class TritonServer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        code = self._process.poll() if self._process is not None and not self._killed else None
         self.stop()
+        if code is not None:
+            raise TransportError(f"Triton: ended by itself with status {code}:\n{self.log_tail(MAX_ERROR_LINES)}")
 
     def stop(self, grace_s: float = STOP_TIMEOUT_S) -> None:
         """End the server, by force after `grace_s`, then what is left of its process group and its shared memory. Idempotent."""
@@ -179,6 +184,7 @@ class TritonServer:
 
     def kill(self) -> None:
         """End the server process as a crash would; its stubs are left to notice. `stop` removes what is left."""
+        self._killed = True
         os.kill(self.pid, signal.SIGKILL)
 
     def get_json(self, path: str) -> Any:

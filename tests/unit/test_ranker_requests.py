@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from sidepool.bench.load.model_requests import PartitionedModel, generated_requests
 from sidepool.client.index_program import FeatureRouter
 from sidepool.triton_backend.incoming import Reader
+from sidepool.triton_backend.ranker import Ranker
 from sidepool.triton_backend.settings import read_settings
 from sidepool.triton_backend.stages import StageTimes
 from sidepool.wire.errors import ConfigError, DeadlineExceeded, LookupRejected
@@ -376,6 +377,20 @@ def test_etcd_is_named_by_its_endpoints_with_files_beside_the_shim() -> None:
 def test_a_wrong_setting_is_refused_by_name(key: str, value: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         read_settings(settings_arguments(**{key: value}))
+
+
+def test_batches_stay_whole_where_the_dense_half_reads_ids_of_bags(tmp_path: Path) -> None:
+    model = ModelSpec(
+        name="m",
+        inputs=(int64("va"), int64("oa")),
+        features=(jagged_source("a"),),
+        dense=DenseProgram(file="dense.pt2", inputs=("va", "oa")),
+        outputs=output(),
+    )
+    save_plan(plan("a"), tmp_path / PLAN_FILE)
+    save_model(model, tmp_path / MODEL_FILE)
+    with pytest.raises(ConfigError, match="split_samples: found 64; allowed: 0"):
+        Ranker(read_settings(settings_arguments(artifact=str(tmp_path), split_samples="64")), pb_utils=None)
 
 
 def test_stage_times_are_handed_out_once() -> None:
