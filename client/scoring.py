@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, wait
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 
 from sidepool.client.arguments import deadline_ns, priority_level
 from sidepool.client.lanes import is_this_host
-from sidepool.client.shared_regions import SharedRegions
+from sidepool.client.shared_regions import SharedRegions, Unanswered
 from sidepool.client.triton_inputs import ModelInputs, read_model_inputs
 from sidepool.wire.errors import (
     CODES,
@@ -28,6 +29,10 @@ from sidepool.wire.errors import (
 
 # Below about a megabyte an inline tensor costs less than the bookkeeping; at 8 MB gRPC takes 9 ms, shared memory 1.6 ms.
 DEFAULT_SHARED_MEMORY_BYTES = 1 << 20
+
+# Calls are not cancelled when their budget is spent: Triton before 24.12 may crash on a cancelled gRPC call (its issue 7368), and
+# answers soon after a deadline anyway. Who has not answered by then is not there any more.
+LATE_ANSWER_S = 5.0
 
 _KINDS: dict[str, type[SidepoolError]] = {
     "StatusCode.INVALID_ARGUMENT": LookupRejected,
@@ -77,10 +82,15 @@ class ScoreClient:
         self._same_host = is_this_host(url.rpartition(":")[0].removeprefix("[").removesuffix("]"))
         self._threshold = shared_memory_bytes_threshold
         self._clients: list[Any] = []
+        self._late: set[Future[Any]] = set()
         self._of_thread = threading.local()
         self._shared = triton.InferenceServerClient(url) if self._grpc else None
-        self.inputs: ModelInputs = read_model_inputs(self._read_config(), features)
         self._regions = SharedRegions(self._client)
+        try:
+            self.inputs: ModelInputs = read_model_inputs(self._read_config(), features)
+        except BaseException:
+            self.close()
+            raise
 
     def score(
         self,
@@ -108,7 +118,7 @@ class ScoreClient:
         if budget_ns is not None:
             options["timeout"] = max(budget_ns // 1000, 1)
             if self._grpc:
-                options["client_timeout"] = budget_ns / 1e9
+                options["budget_s"] = budget_ns / 1e9
             if self._same_host:
                 parameters["deadline_unix_us"] = (time.time_ns() + budget_ns) // 1000
         if traceparent:
@@ -121,7 +131,8 @@ class ScoreClient:
         return self._infer_shared(tensors, options) if large and self._regions.usable else self._infer_inline(tensors, options)
 
     def close(self) -> None:
-        """Unregister shared memory and close the connections. Idempotent."""
+        """Unregister shared memory and close the connections, once answers on their way have come (5 s at most). Idempotent."""
+        wait(set(self._late), LATE_ANSWER_S)
         self._regions.close()
         for client in [c for c in (self._shared, *self._clients) if c is not None]:
             client.close()
@@ -180,7 +191,10 @@ class ScoreClient:
 
     def _infer(self, given: list[Any], options: dict[str, Any]) -> dict[str, NDArray[Any]]:
         try:
-            result = self._client().infer(self._model, given, **options)
+            if "budget_s" in options:
+                result = self._infer_within(given, **options)
+            else:
+                result = self._client().infer(self._model, given, **options)
         except SidepoolError:
             raise
         except Exception as e:
@@ -192,6 +206,28 @@ class ScoreClient:
                 raise SidepoolError(f"Triton at {self._url}, model {self._model!r}: no output {name!r} in the response")
             outputs[name] = np.array(array[0] if self.inputs.jagged else array)
         return outputs
+
+    def _infer_within(self, given: list[Any], budget_s: float, **options: Any) -> Any:
+        """gRPC: waits for the answer so long; raises `Unanswered` then."""
+        answer: Future[Any] = Future()
+
+        def settle(result: Any, error: Exception | None) -> None:
+            self._late.discard(answer)
+            if error is None:
+                answer.set_result(result)
+            else:
+                answer.set_exception(error)
+
+        self._client().async_infer(self._model, given, settle, client_timeout=budget_s + LATE_ANSWER_S, **options)
+        try:
+            return answer.result(budget_s)
+        except TimeoutError:
+            self._late.add(answer)
+            if answer.done():  # meanwhile
+                self._late.discard(answer)
+            raise Unanswered(
+                f"Triton at {self._url}, model {self._model!r}: no answer within {budget_s * 1e3:g} ms", answer
+            ) from None
 
 
 def translate(error: Exception, where: str) -> SidepoolError:

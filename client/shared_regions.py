@@ -12,12 +12,15 @@ import os
 import secrets
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from sidepool.wire.errors import DeadlineExceeded
 
 # POSIX shared memory as Linux mounts it; `shm_open("/name")` is this folder.
 SHM_FOLDER = "/dev/shm"
@@ -27,6 +30,14 @@ ALIGN_BYTES = 64
 MAX_IDLE_REGIONS = 8
 
 _log = logging.getLogger("sidepool.client")
+
+
+class Unanswered(DeadlineExceeded):
+    """The budget is spent and Triton's answer is still on its way: until `answer` is done it may read the request's memory."""
+
+    def __init__(self, message: str, answer: Future[Any]) -> None:
+        super().__init__(message)
+        self.answer = answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,14 +71,20 @@ class SharedRegions:
 
     @contextmanager
     def borrow(self, tensors: Mapping[str, NDArray[Any]]) -> Iterator[Region | None]:
-        """A region that `tensors` fit into, or None where Triton cannot map one."""
+        """A region that `tensors` fit into, or None where Triton cannot map one. After `Unanswered` it is kept until the answer."""
         needed = sum(_aligned(array.nbytes) for array in tensors.values())
         region = self._take(needed) or self._create(1 << (needed - 1).bit_length())
+        answer: Future[Any] | None = None
         try:
             yield region
+        except Unanswered as e:
+            answer = e.answer
+            raise
         finally:
-            if region is not None:
+            if region is not None and answer is None:
                 self._give_back(region)
+            elif region is not None and answer is not None:
+                answer.add_done_callback(lambda _: self._give_back(region))
 
     def forget(self) -> None:
         """Triton was restarted and knows none of the regions any more."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from lane_world import REQUEST_BYTES, RESPONSE_BYTES, SLOTS, bags, look_up, make_client, make_server, path
 
 # Lanes of one `crowd`.
-CROWD = 50
+CROWD = 15
 
 
 def serve(timeout_s: float) -> None:

@@ -115,7 +115,7 @@ def resources() -> tuple[dict[str, int], str]:
     return held, Path("/proc/self/status").read_text().partition("VmPin:")[2].partition("\n")[0]
 
 
-def test_a_hundred_dead_rankers_leave_no_memory_and_no_device_resources_behind() -> None:
+def test_thirty_dead_rankers_leave_no_memory_and_no_device_resources_behind() -> None:
     with joined(**OPTIONS) as both:
         assert_answers(both.client, 3, 1)
         before = resources()

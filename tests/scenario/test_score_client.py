@@ -27,7 +27,8 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         yield running
 
 
-@pytest.fixture(scope="module", params=["grpc", "http"])
+# Not of the module: pytest would order by it, and start the models once more.
+@pytest.fixture(params=["grpc", "http"])
 def client(model: Served, request: pytest.FixtureRequest) -> Iterator[ScoreClient]:
     server = model.deployment.server
     names = [f"c{i}" for i in range(len(dlrm.table_rows(MAX_ROWS)))]

@@ -84,8 +84,6 @@ def test_an_expired_timeout_is_a_deadline_error(running: Served) -> None:
     # Triton's queue knows it first, if a request waits there at all.
     said = running.refusal(running.request(4), timeout=1)
     assert "[DEADLINE]" in said or "Request timeout expired" in said
-    with pytest.raises(InferenceServerException, match="Deadline Exceeded"):
-        running.infer(running.request(4), client_timeout=1e-6)
     running.check_serving()
 
 
