@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from tritonclient.utils import InferenceServerException
 
 from sidepool.client.scoring import translate
-from sidepool.client.shared_regions import MAX_IDLE_REGIONS, SHM_FOLDER, SharedRegions
+from sidepool.client.shared_regions import MAX_IDLE_REGIONS, SHM_FOLDER, SharedRegions, Unanswered
 from sidepool.client.triton_inputs import ModelInputs, read_model_inputs
 from sidepool.wire.errors import (
     ConfigError,
@@ -247,6 +248,18 @@ def test_a_returned_region_is_used_again_and_surplus_ones_are_dropped() -> None:
     for borrowed in open_regions:
         borrowed.__exit__(None, None, None)
     assert len(registry.mapped) == MAX_IDLE_REGIONS
+    regions.close()
+
+
+def test_a_region_whose_answer_is_late_is_nobody_elses_until_it_has_come() -> None:
+    regions, tensors, answer = SharedRegions(Registry), {"a": np.zeros(10)}, Future[Any]()
+    with pytest.raises(DeadlineExceeded), regions.borrow(tensors) as late:
+        raise Unanswered("no answer within 1 ms", answer)
+    with regions.borrow(tensors) as other:
+        assert other is not late
+    answer.set_exception(TimeoutError())
+    with regions.borrow(tensors) as one, regions.borrow(tensors) as two:
+        assert late in (one, two)
     regions.close()
 
 
