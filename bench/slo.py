@@ -175,7 +175,7 @@ class Model:
         return best, {"settings_tried": len(climb.tried), "finished": climb.finished}
 
     def _highest(self, probes: Mapping[str, tuple[Prober, float]]) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
-        """By share of the published limit and by system: the highest rate within it; and by system why it meets the published one at none."""
+        """By share of the limit and by system: the highest rate within it; and by system why there is none within the whole limit."""
         loads: dict[str, list[tuple[float, LoadResult]]] = {name: [] for name in probes}
         found: dict[str, dict[str, float]] = {}
         unmet: dict[str, str] = {}
@@ -200,7 +200,7 @@ class Model:
     def _why_none(self, loads: Sequence[tuple[float, LoadResult]], alone_s: float) -> str:
         rate, result = min(loads, key=lambda pair: pair[0])
         p95_ms = result.percentile_ms(self._limit.percent)
-        return f"p95 {p95_ms:.1f} ms at {rate:.2g} requests/s, limit {self._limit.ms:g} ms; a request alone takes {alone_s * 1e3:.1f} ms"
+        return f"p95 {p95_ms:.1f} ms at {rate:.2g} requests/s, not {self._limit.ms:g}; a request alone takes {alone_s * 1e3:.1f} ms"
 
     def _known(self, loads: Sequence[tuple[float, LoadResult]], limit_ms: float) -> tuple[float, float]:
         """What loads that ran for another limit say of this one: a rate that meets it and one that misses it."""

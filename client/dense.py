@@ -143,7 +143,7 @@ class _CpuRunner:
 
 
 def _with_rows(tensor: Tensor, rows: int) -> Tensor:
-    """`tensor` with so many rows, more than it has: numbers that lie behind it in its memory, or zeros, also good as ids, in a copy."""
+    """`tensor` with so many rows, more than it has: numbers that lie behind it in its memory, or zeros (good as ids) in a copy."""
     if tensor.is_contiguous() and tensor.is_floating_point():
         end = tensor.storage_offset() + rows * tensor.stride(0)
         if end * tensor.element_size() <= tensor.untyped_storage().nbytes():
