@@ -175,7 +175,7 @@ class Model:
         return best, {"settings_tried": len(climb.tried), "finished": climb.finished}
 
     def _highest(self, probes: Mapping[str, tuple[Prober, float]]) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
-        """By share of the limit and by system: the highest rate within it; and by system why there is none within the whole limit."""
+        """By share of the limit and by system: the highest rate within it; and by system why there is none within all of it."""
         loads: dict[str, list[tuple[float, LoadResult]]] = {name: [] for name in probes}
         found: dict[str, dict[str, float]] = {}
         unmet: dict[str, str] = {}
