@@ -57,6 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limits", default=",".join(f"{s:g}" for s in SHARES), metavar="S", help="shares of the published limit")
     parser.add_argument("--tune-minutes", type=float, default=6.0, metavar="M", help="per model, monolithic included (default: 6)")
     parser.add_argument("--overload-seconds", type=float, default=0.0, metavar="S", help="also twice the highest rate for so long")
+    parser.add_argument(
+        "--shared-memory", action="store_true", help="tensors of all three in system shared memory, not in gRPC messages"
+    )
     parser.add_argument("--quick", action="store_true", help="loads a quarter as long: for trying the command, not for figures")
     parser.add_argument("--work-dir", type=Path, default=Path("build/bench"), metavar="DIR", help="default: build/bench")
     parser.add_argument("--seed", type=int, default=1)
@@ -125,7 +128,16 @@ class Model:
                 served(variants, least_batch=self._queries.least_batch, directory=directory, work_dir=self._args.work_dir)
             )
             probes = {
-                name: stack.enter_context(prober(server.grpc, name, self._requests, seed=self._args.seed, scale=self._scale))
+                name: stack.enter_context(
+                    prober(
+                        server.grpc,
+                        name,
+                        self._requests,
+                        seed=self._args.seed,
+                        scale=self._scale,
+                        shared_memory=self._args.shared_memory,
+                    )
+                )
                 for name in SYSTEMS
                 if name in variants
             }
@@ -137,6 +149,7 @@ class Model:
                 "rows": f"at most {MAX_ROWS} per table",
                 "sizes": sizes.describe(self._sizes),
                 "requests": len(self._requests),
+                "shared_memory": self._args.shared_memory,
                 "settings": {name: k.as_json() for name, k in knobs.items()},
                 "climbs": {WHOLE: whole_climb, TUNED: climb},
                 "static_is_tuned": STATIC not in variants,
@@ -153,6 +166,7 @@ class Model:
                     limit_ms=self._limit.ms,
                     seconds=self._args.overload_seconds,
                     seed=self._args.seed,
+                    shared_memory=self._args.shared_memory,
                 )
         return found
 
@@ -164,12 +178,14 @@ class Model:
             limit=self._limit,
             requests=self._requests,
             queries=self._queries,
-            about={"model": self._name, "sizes": self._args.sizes, "quick": self._args.quick, "rows": MAX_ROWS},
-            directory=self._directory / f"climb-{kind}{'-quick' * self._args.quick}",
+            about={key: getattr(self._args, key) for key in ("sizes", "quick", "shared_memory")}
+            | {"model": self._name, "rows": MAX_ROWS},
+            directory=self._directory / f"climb-{kind}{'-quick' * self._args.quick}{'-shm' * self._args.shared_memory}",
             work_dir=self._args.work_dir,
             seed=self._args.seed,
             scale=self._scale,
             whole=whole,
+            shared_memory=self._args.shared_memory,
         ).climb(minutes=minutes, told=self._console.print)
         best = climb.run()
         return best, {"settings_tried": len(climb.tried), "finished": climb.finished}

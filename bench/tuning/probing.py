@@ -54,9 +54,9 @@ class Prober:
 
 @contextlib.contextmanager
 def prober(
-    address: str, model: str, requests: Sequence[Arrays], *, seed: int, scale: float = 1.0
+    address: str, model: str, requests: Sequence[Arrays], *, seed: int, scale: float = 1.0, shared_memory: bool = False
 ) -> Iterator[tuple[Prober, float]]:
-    """A prober of a warm model, and the seconds of one request alone."""
+    """A prober of a warm model, and the seconds of one request alone, over gRPC. shared_memory: where the loads' tensors lie."""
     with contextlib.closing(Caller(address, model)) as caller:
         encoded = [infer_inputs(arrays) for arrays in requests[:WARMING]]
         for inputs in encoded:
@@ -65,5 +65,5 @@ def prober(
         for inputs in encoded:
             caller.infer(inputs)
         alone_s = (time.perf_counter() - began) / len(encoded)
-    with contextlib.closing(TritonTarget(address, model, requests)) as target:
+    with contextlib.closing(TritonTarget(address, model, requests, shared_memory=shared_memory)) as target:
         yield Prober(target, seed, scale=scale), alone_s
