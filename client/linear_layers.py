@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor, fx
 
-# Multiply-adds of a call. Below it oneDNN's own cost, 20 µs and more on a busy machine, is more than it saves (measured: even at 0.5
-# to 1.5 million).
+# Multiply-adds of a call. Below it oneDNN's own cost, 20 µs and more on a busy machine, is more than it saves (measured: even at
+# 0.5 to 1.5 million).
 LEAST_WORK = 1 << 21
 # oneDNN makes code for every size of batch that it meets (0.4 ms and more) and keeps that of 1024: so sizes are rounded up to one
 # of so many per power of two, which computes 4 % for nothing.
