@@ -10,6 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from sidepool.bench.tuning.rates import LEAST
+
 Results = Mapping[str, Mapping[str, Any]]
 """By model: what `sidepool.bench.slo.Model.measure` returns."""
 
@@ -74,9 +76,11 @@ def plot(models: Results, path: Path) -> None:
         bars = axes.bar(places, [r[system] for r in rates], width, label=system)
         axes.bar_label(bars, [f"{r[system]:.3g}" for r in rates], fontsize=7)
     axes.set_yscale("log")
+    highest = max((rate for model in models.values() for rate in model["highest_qps"]["1"].values()), default=1.0)
+    axes.set_ylim(LEAST, 2 * max(highest, 1.0))
     axes.set_xticks(range(len(models)), [f"{name}\n{m['limit']['ms']:g} ms" for name, m in models.items()])
     axes.set(ylabel="requests/s", title="Highest Poisson rate with p95 within the limit")
-    axes.legend(frameon=False, ncols=len(SYSTEMS))
+    figure.legend(loc="outside lower center", frameon=False, ncols=len(SYSTEMS))
     axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=DPI)

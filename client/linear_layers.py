@@ -36,7 +36,8 @@ def pack_linear_layers(program: fx.GraphModule) -> int:
     # torch's builds for other processors than x86 choose between their libraries themselves. The operators are those that
     # torch.compile takes for frozen weights; no version of torch promises them.
     on_x86 = torch.backends.cpu.get_cpu_capability().startswith("AVX")
-    if not on_x86 or not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    built_in = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    if not on_x86 or not built_in or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return 0
     aten, packed = torch.ops.aten, 0
     for node in program.graph.find_nodes(op="call_function", target=aten.linear.default):
