@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import json
 import shutil
+import signal
 import statistics
 import subprocess
 import tempfile
@@ -118,7 +119,8 @@ def measure(work_dir: Path, rounds: int, seconds: float, limit_ms: float, seed: 
     with star(1 + SIDECARS, CABLE) as (ranker, *machines), _served(work_dir, machines) as plans:
         for each in (ranker, *machines):
             _set_congestion_control(each)
-        with get_context("spawn").Pool(1) as caller:  # which is ended, not waited for, where this is interrupted
+        with get_context("spawn").Pool(1, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as caller:
+            # Which is ended, not waited for, where this is interrupted.
             results: dict[str, Any] = caller.apply(_call_in_turn, (ranker, plans, rounds, seconds, limit_ms, seed))
     cable = asdict(CABLE) | {"sidecars": SIDECARS, "congestion_control": CONGESTION_CONTROL}
     return {"cable": cable, **results}

@@ -59,6 +59,11 @@ class Sidecar:
         facts: dict[str, Any] = json.loads(self._ready.read_text(encoding="utf-8"))
         return facts
 
+    def begin_stop(self) -> None:
+        """Ask the process to end, without waiting for it: `stop` does."""
+        if self._process is not None:
+            self._process.terminate()
+
     def stop(self) -> None:
         """End the process: SIGTERM, then SIGKILL. Idempotent."""
         process, self._process = self._process, None
@@ -85,15 +90,19 @@ def running_sidecars(configs: Sequence[Path], *, work_dir: Path, machines: Seque
     machines: one for each, if not all just here. Logs and ready files go to `work_dir`, named `sidecar-N`. Leaving stops them.
     """
     work_dir.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as stack:
-        sidecars = []
+    sidecars: list[Sidecar] = []
+    try:
         for i, config in enumerate(configs):
             log = work_dir / f"sidecar-{i}.log"
             log.unlink(missing_ok=True)
             sidecar = Sidecar(config, log=log, ready=work_dir / f"sidecar-{i}.ready", machine=machines[i] if machines else None)
-            stack.callback(sidecar.stop)
-            sidecar.start()
             sidecars.append(sidecar)
+            sidecar.start()
         for sidecar in sidecars:
             sidecar.wait_ready()
         yield sidecars
+    finally:
+        for sidecar in sidecars:  # at the same time: each takes half a second
+            sidecar.begin_stop()
+        for sidecar in sidecars:
+            sidecar.stop()

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 
@@ -42,8 +42,10 @@ WHOLE, STATIC, TUNED = SYSTEMS
 SHARES = (1.0, 0.5, 1.5)
 # Of each model's time for climbing, the whole one's: it has four of the nine knobs.
 WHOLE_SHARE = 0.3
-# Loads at half of the whole model's highest rate, in turns.
+# Loads at half of the highest rate, in turns.
 FIXED_TURNS, FIXED_S = 2, 5.0
+
+Measured = TypeVar("Measured")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,6 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limits", default=",".join(f"{s:g}" for s in SHARES), metavar="S", help="shares of the published limit")
     parser.add_argument("--tune-minutes", type=float, default=6.0, metavar="M", help="per model, monolithic included (default: 6)")
     parser.add_argument("--overload-seconds", type=float, default=0.0, metavar="S", help="also twice the highest rate for so long")
+    parser.add_argument(
+        "--shared-memory", action="store_true", help="tensors of all three in system shared memory, not in gRPC messages"
+    )
     parser.add_argument("--quick", action="store_true", help="loads a quarter as long: for trying the command, not for figures")
     parser.add_argument("--work-dir", type=Path, default=Path("build/bench"), metavar="DIR", help="default: build/bench")
     parser.add_argument("--seed", type=int, default=1)
@@ -67,17 +72,26 @@ def run(args: argparse.Namespace) -> int:
     if unknown := set(names) - set(LIMITS_MS):
         raise ConfigError(f"--models: found {min(unknown)!r}; allowed: {', '.join(LIMITS_MS)}")
     results = json.loads(args.json.read_text(encoding="utf-8")) if args.json.exists() else {"models": {}}
+    failed: dict[str, str] = results.setdefault("failed", {})
     with stopped_by_signals():
         for name in names:
-            if name not in results["models"]:
+            if name in results["models"]:
+                continue
+            try:
                 results["models"][name] = Model(name, args, console).measure()
-                results["summary"] = summary(results["models"])
-                args.json.parent.mkdir(parents=True, exist_ok=True)
-                replace_text(args.json, json.dumps(results, indent=1) + "\n")
+                failed.pop(name, None)
+            except Exception as e:  # whatever is wrong with one, the others are still to be measured
+                failed[name] = f"{type(e).__name__}: {e}"
+                console.print(f"{name}: failed: {failed[name]}", markup=False)
+            results["summary"] = summary(results["models"])
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            replace_text(args.json, json.dumps(results, indent=1) + "\n")
     print_summary(console, results["models"])
     if args.plot is not None:
         plot(results["models"], args.plot)
-    return 0
+    for name in failed:
+        console.print(f"{name}: failed, see {args.json}; the same command tries it again")
+    return 1 if failed else 0
 
 
 class Model:
@@ -102,9 +116,11 @@ class Model:
         """Everything about the model, as plain data."""
         whole, whole_climb = self._tuned(whole=True, minutes=WHOLE_SHARE * self._args.tune_minutes)
         tuned, climb = self._tuned(whole=False, minutes=(1 - WHOLE_SHARE) * self._args.tune_minutes)
-        knobs = {WHOLE: whole, STATIC: static_baseline(self._cores, self._queries), TUNED: tuned}
-        variants = {name: Variant.of(self._artifact, k) for name, k in knobs.items() if name != WHOLE}
-        variants[WHOLE] = Variant(whole, self._whole)
+        knobs = {WHOLE: whole, STATIC: static_baseline(self._cores, self._queries).settled(), TUNED: tuned}
+        variants = {WHOLE: Variant(whole, self._whole), TUNED: Variant.of(self._artifact, tuned)}
+        # Where no step paid, two measurements of one setting would differ by noise alone.
+        if tuned != knobs[STATIC]:
+            variants[STATIC] = Variant.of(self._artifact, knobs[STATIC])
         self._say("measuring")
         with contextlib.ExitStack() as stack:
             directory = self._directory / "served"
@@ -112,10 +128,20 @@ class Model:
                 served(variants, least_batch=self._queries.least_batch, directory=directory, work_dir=self._args.work_dir)
             )
             probes = {
-                name: stack.enter_context(prober(server.grpc, name, self._requests, seed=self._args.seed, scale=self._scale))
+                name: stack.enter_context(
+                    prober(
+                        server.grpc,
+                        name,
+                        self._requests,
+                        seed=self._args.seed,
+                        scale=self._scale,
+                        shared_memory=self._args.shared_memory,
+                    )
+                )
                 for name in SYSTEMS
+                if name in variants
             }
-            highest = self._highest(probes)
+            highest, unmet = self._highest(probes)
             published = highest["1"]
             found = {
                 "machine": machine.describe(self._args.seed),
@@ -123,10 +149,13 @@ class Model:
                 "rows": f"at most {MAX_ROWS} per table",
                 "sizes": sizes.describe(self._sizes),
                 "requests": len(self._requests),
+                "shared_memory": self._args.shared_memory,
                 "settings": {name: k.as_json() for name, k in knobs.items()},
                 "climbs": {WHOLE: whole_climb, TUNED: climb},
+                "static_is_tuned": STATIC not in variants,
                 "highest_qps": highest,
-                "fixed_rate": self._fixed(probes, published[WHOLE] / 2, server),
+                "unmet": unmet,
+                "fixed_rate": self._fixed(probes, (published[WHOLE] or published[TUNED]) / 2, server),
             }
             if self._args.overload_seconds and published[TUNED]:
                 found["overload"] = overloaded(
@@ -137,6 +166,7 @@ class Model:
                     limit_ms=self._limit.ms,
                     seconds=self._args.overload_seconds,
                     seed=self._args.seed,
+                    shared_memory=self._args.shared_memory,
                 )
         return found
 
@@ -148,20 +178,23 @@ class Model:
             limit=self._limit,
             requests=self._requests,
             queries=self._queries,
-            about={"model": self._name, "sizes": self._args.sizes, "quick": self._args.quick, "rows": MAX_ROWS},
-            directory=self._directory / f"climb-{kind}{'-quick' * self._args.quick}",
+            about={key: getattr(self._args, key) for key in ("sizes", "quick", "shared_memory")}
+            | {"model": self._name, "rows": MAX_ROWS},
+            directory=self._directory / f"climb-{kind}{'-quick' * self._args.quick}{'-shm' * self._args.shared_memory}",
             work_dir=self._args.work_dir,
             seed=self._args.seed,
             scale=self._scale,
             whole=whole,
+            shared_memory=self._args.shared_memory,
         ).climb(minutes=minutes, told=self._console.print)
         best = climb.run()
         return best, {"settings_tried": len(climb.tried), "finished": climb.finished}
 
-    def _highest(self, probes: Mapping[str, tuple[Prober, float]]) -> dict[str, dict[str, float]]:
-        """By share of the published limit and by system: the highest rate within it."""
+    def _highest(self, probes: Mapping[str, tuple[Prober, float]]) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
+        """By share of the limit and by system: the highest rate within it; and by system why there is none within all of it."""
         loads: dict[str, list[tuple[float, LoadResult]]] = {name: [] for name in probes}
         found: dict[str, dict[str, float]] = {}
+        unmet: dict[str, str] = {}
         for share in self._shares:
             limit_ms = share * self._limit.ms
 
@@ -174,9 +207,16 @@ class Model:
                 start = BUSY / alone_s if not loads[name] else max(low, high)
                 searches[name] = (search(start, low=low, high=high, least=IDLE / alone_s), partial(meets, name))
             rates = in_turns(searches)
-            found[f"{share:g}"] = {name: round(rates[name], 2) for name in probes}
+            found[f"{share:g}"] = _of_all({name: round(rates[name], 2) for name in probes})
             self._say(f"requests/s with p95 within {limit_ms:g} ms: {found[f'{share:g}']}")
-        return found
+            if share == 1.0:
+                unmet = {name: self._why_none(loads[name], probes[name][1]) for name in probes if not rates[name]}
+        return found, unmet
+
+    def _why_none(self, loads: Sequence[tuple[float, LoadResult]], alone_s: float) -> str:
+        rate, result = min(loads, key=lambda pair: pair[0])
+        p95_ms = result.percentile_ms(self._limit.percent)
+        return f"p95 {p95_ms:.1f} ms at {rate:.2g} requests/s, not {self._limit.ms:g}; a request alone takes {alone_s * 1e3:.1f} ms"
 
     def _known(self, loads: Sequence[tuple[float, LoadResult]], limit_ms: float) -> tuple[float, float]:
         """What loads that ran for another limit say of this one: a rate that meets it and one that misses it."""
@@ -191,7 +231,7 @@ class Model:
     def _fixed(self, probes: Mapping[str, tuple[Prober, float]], rate: float, server: TritonServer) -> dict[str, Any]:
         """Latencies of all at one rate, in turns; the ranker's stages of the tuned one; energy where it can be read."""
         if not rate:
-            return {"skipped": "the monolithic model meets its limit at no rate"}
+            return {"skipped": "neither the monolithic model nor the tuned one meets its limit at any rate"}
         latencies: dict[str, list[dict[str, float]]] = {name: [] for name in probes}
         energy: dict[str, Any] = {}
         before = snapshot(server, TUNED)
@@ -206,7 +246,12 @@ class Model:
                 else:
                     energy["unknown"] = begun if isinstance(begun, str) else ended
         stages = asdict(between(before, snapshot(server, TUNED)))
-        return {"qps": round(rate, 2), "latencies": latencies, "joules_per_request": energy, "tuned_stages": stages}
+        return {"qps": round(rate, 2), "latencies": _of_all(latencies), "joules_per_request": energy, "tuned_stages": stages}
 
     def _say(self, what: str) -> None:
         self._console.print(f"{self._name}: {what}")
+
+
+def _of_all(measured: dict[str, Measured]) -> dict[str, Measured]:
+    """The same for every system: a static setting that is the tuned one was measured as that."""
+    return {name: measured[name if name in measured else TUNED] for name in SYSTEMS}

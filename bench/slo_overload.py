@@ -22,12 +22,22 @@ AFTER_S = 5.0
 
 
 def overloaded(
-    server: TritonServer, model: str, requests: Sequence[Arrays], *, highest_qps: float, limit_ms: float, seconds: float, seed: int
+    server: TritonServer,
+    model: str,
+    requests: Sequence[Arrays],
+    *,
+    highest_qps: float,
+    limit_ms: float,
+    seconds: float,
+    seed: int,
+    shared_memory: bool = False,
 ) -> dict[str, Any]:
     """`OVERLOAD` times the highest rate for so long, then `AFTERWARDS` times; every request says by when it must be answered."""
     during = poisson(OVERLOAD * highest_qps, seconds, seed)
     after = poisson(AFTERWARDS * highest_qps, AFTER_S, seed + 1) + int(seconds * 1e9)
-    with contextlib.closing(TritonTarget(server.grpc, model, requests, deadline_ms=limit_ms)) as target:
+    with contextlib.closing(
+        TritonTarget(server.grpc, model, requests, deadline_ms=limit_ms, shared_memory=shared_memory)
+    ) as target:
         schedule = make_schedule(np.concatenate([during, after]), target.requests, seed, seconds=seconds + AFTER_S)
         before_bytes = _resident(server)
         peaks = [before_bytes]

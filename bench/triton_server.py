@@ -112,13 +112,17 @@ class TritonServer:
         log: Path | None = None,
         arguments: Sequence[str] = (),
         ready_timeout_s: float = READY_TIMEOUT_S,
+        stop_timeout_s: float = STOP_TIMEOUT_S,
     ) -> None:
-        """`work_dir`: where the installation and the log (`triton.log` unless `log` is given) go; made if absent."""
+        """`work_dir`: where the installation and the log (`triton.log` unless `log` is given) go; made if absent.
+
+        stop_timeout_s: what leaving grants the server to end by itself, which takes it some seconds; 0: it is ended by force.
+        """
         self.repository = repository.absolute()
         self.log = log or work_dir / "triton.log"
         self._installation = install(work_dir / "triton")
         self._arguments = list(arguments)
-        self._ready_timeout_s = ready_timeout_s
+        self._ready_timeout_s, self._stop_timeout_s = ready_timeout_s, stop_timeout_s
         self.shm_prefix = f"sidepool_{os.getpid()}_{next(_serial)}_"
         self._process: subprocess.Popen[bytes] | None = None
         self._killed = False
@@ -164,7 +168,7 @@ class TritonServer:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         code = self._process.poll() if self._process is not None and not self._killed else None
-        self.stop()
+        self.stop(self._stop_timeout_s)
         if code is not None:
             raise TransportError(f"Triton: ended by itself with status {code}:\n{self.log_tail(MAX_ERROR_LINES)}")
 

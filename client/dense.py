@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
+from sidepool.client.linear_layers import pack_linear_layers, rounded_up
 from sidepool.wire.errors import ConfigError, LookupRejected
-from sidepool.wire.model import FixedSource, ModelSpec
+from sidepool.wire.model import FixedSource, JaggedSource, ModelSpec
 from sidepool.wire.torch_program import Program, load_program
 
 if TYPE_CHECKING:
@@ -30,9 +31,10 @@ _log = logging.getLogger("sidepool.client")
 class DenseGraph:
     """`dense.pt2`: pooled vectors, sequences and model inputs in, model outputs out. On the CPU for any thread, else one at a time.
 
-    On CUDA a call runs on a stream of its own. Where the batch is the only size that varies, whole batches of 1, 2, 4, …
-    are captured as CUDA graphs at first use; samples beyond the real batch are stale rows whose results are cut off,
-    which the cut allows because no operator behind it mixes samples.
+    On the CPU, large linear layers are oneDNN's, and batches are computed as one of few sizes (linear_layers.py). On CUDA a call
+    runs on a stream of its own. Where the batch is the only size that varies, whole batches of 1, 2, 4, … are captured as CUDA
+    graphs at first use. In either case samples beyond the real batch are stale rows whose results are cut off, which the cut
+    allows because no operator behind it mixes samples.
     """
 
     def __init__(
@@ -63,14 +65,18 @@ class DenseGraph:
         self._inputs = model.dense.inputs
         sources = {f.feature: f.source for f in model.features}
         self._bag_ids = [_bag_ids(sources[name]) for name in model.dense.sequences]
-        self._program = load_program(directory / model.dense.file, self.device)
-        if None in self._bag_ids:
-            max_captured_batch = 0  # numbers of ids hardly ever come back
-        self._cuda = _CudaRunner(self._program, self.device, max_captured_batch) if self.device.type == "cuda" else None
+        file = directory / model.dense.file
+        self._run: Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
+        if self.device.type == "cuda":
+            # Numbers of ids hardly ever come back.
+            largest = 0 if None in self._bag_ids else max_captured_batch
+            self._run = _CudaRunner(load_program(file, self.device), self.device, largest)
+        else:
+            self._run = _CpuRunner(file, only_batch_varies=None not in self._bag_ids and not _reads_bags(model))
 
     def host_buffer(self, rows: int, columns: int) -> Tensor:
         """A `[rows, columns]` host tensor of what the program takes, for the lookup to write into; pinned where a GPU follows."""
-        return self._torch.empty((rows, columns), dtype=self._dtype, pin_memory=self._cuda is not None)
+        return self._torch.empty((rows, columns), dtype=self._dtype, pin_memory=self.device.type == "cuda")
 
     def as_array(self, rows: Tensor) -> NDArray[Any]:
         """A host tensor of what the program takes as a lookup's `out`, in the same memory."""
@@ -99,7 +105,7 @@ class DenseGraph:
             tensors.append(inputs[name])
         with torch.inference_mode():
             try:
-                return tuple(self._program(*tensors) if self._cuda is None else self._cuda(tensors))
+                return self._run(tensors)
             except torch.OutOfMemoryError:
                 raise
             except (RuntimeError, TypeError, IndexError) as e:
@@ -109,6 +115,42 @@ class DenseGraph:
 
 def _bag_ids(source: object) -> int | None:
     return source.end - source.begin if isinstance(source, FixedSource) else None
+
+
+def _reads_bags(model: ModelSpec) -> bool:
+    """Whether the program takes ids of jagged features: other sizes than the batch vary then."""
+    sources = [f.source for f in model.features if isinstance(f.source, JaggedSource)]
+    return any(name in model.dense.inputs for s in sources for name in (s.values, s.offsets, s.weights))
+
+
+class _CpuRunner:
+    """Calls the program; where it has layers of oneDNN's, as one of few sizes of batch."""
+
+    def __init__(self, file: Path, *, only_batch_varies: bool) -> None:
+        packed: list[int] = []
+        self._program = load_program(file, rewrite=lambda graph: packed.append(pack_linear_layers(graph)))
+        self._rounds_up = only_batch_varies and packed[0] > 0
+
+    def __call__(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        batch = tensors[0].shape[0]
+        rows = rounded_up(batch) if self._rounds_up else batch
+        if rows == batch or any(t.dim() == 0 or t.shape[0] != batch for t in tensors):
+            return tuple(self._program(*tensors))
+        outputs = self._program(*(_with_rows(t, rows) for t in tensors))
+        if any(out.dim() == 0 or out.shape[0] != rows for out in outputs):
+            return tuple(self._program(*tensors))  # not what samples have
+        return tuple(out[:batch] for out in outputs)
+
+
+def _with_rows(tensor: Tensor, rows: int) -> Tensor:
+    """`tensor` with so many rows, more than it has: numbers that lie behind it in its memory, or zeros (good as ids) in a copy."""
+    if tensor.is_contiguous() and tensor.is_floating_point():
+        end = tensor.storage_offset() + rows * tensor.stride(0)
+        if end * tensor.element_size() <= tensor.untyped_storage().nbytes():
+            return tensor.as_strided((rows, *tensor.shape[1:]), tensor.stride())
+    longer = tensor.new_zeros((rows, *tensor.shape[1:]))
+    longer[: len(tensor)] = tensor
+    return longer
 
 
 class _CudaRunner:

@@ -22,8 +22,10 @@ Program = Callable[..., "tuple[Tensor, ...]"]
 """Flat positional tensors in, a flat tuple of tensors out."""
 
 
-def load_program(file: Path, device: torch.device | None = None) -> Program:
-    """Load a program, on `device` if one is given (else where it was exported).
+def load_program(
+    file: Path, device: torch.device | None = None, *, rewrite: Callable[[torch.fx.GraphModule], object] | None = None
+) -> Program:
+    """Load a program, on `device` if one is given (else where it was exported). `rewrite` may change the graph that is called.
 
     `ExportedProgram.module()` checks shapes and unflattens arguments on every call, which costs more than a small graph
     does; the calling convention is settled here once, and shapes are the caller's to check. Raises `ShardCorrupt`.
@@ -37,7 +39,7 @@ def load_program(file: Path, device: torch.device | None = None) -> Program:
         raise ShardCorrupt(f"{file}: cannot be loaded as a torch.export program: {e}") from e
     if device is not None and device.type != "cpu":
         exported = move_to_device_pass(exported, device)
-    return _flat(exported)
+    return _flat(exported, rewrite)
 
 
 def external_call(directory: Path, found: TorchFile, what: str) -> Callable[[list[Values], Values], None]:
@@ -68,11 +70,13 @@ def external_call(directory: Path, found: TorchFile, what: str) -> Callable[[lis
     return call
 
 
-def _flat(exported: torch.export.ExportedProgram) -> Program:
+def _flat(exported: torch.export.ExportedProgram, rewrite: Callable[[torch.fx.GraphModule], object] | None) -> Program:
     """The graph of `exported` without its calling convention; parameters become plain attributes, found without a search."""
     import torch
 
     module = exported.module(check_guards=False)
+    if rewrite is not None:
+        rewrite(module)
     graph = module.graph
     graph.set_codegen(torch.fx.graph.CodeGen())
     for i, node in enumerate(n for n in graph.nodes if n.op == "get_attr"):

@@ -16,8 +16,8 @@ REQUESTS, LEAST_S, MOST_S = 300, 3.0, 10.0
 WARMUP_S = 0.5
 # Rates at which requests that come one after another keep the server so busy: a first guess, and one below which it only idles.
 BUSY, IDLE = 0.6, 0.05
-# A share of requests in time that misses by less than this may be one stall of the machine.
-NARROW = 0.04
+# A share of requests in time that misses by less than this may be one stall of the machine: 300 ms of a load of three seconds.
+NARROW = 0.1
 # Requests sent one after another before the first load: the first ones meet code that is not loaded and memory not touched.
 WARMING = 6
 
@@ -45,19 +45,18 @@ class Prober:
         """
         wanted = percent / 100
         result = self.load(rate, slo_ms=limit_ms)
-        found = result.attainment
-        if wanted - NARROW < found < wanted:
-            found = (found + self.load(rate, slo_ms=limit_ms).attainment) / 2
+        if wanted - NARROW < result.attainment < wanted:
+            result = self.load(rate, slo_ms=limit_ms)
         if kept is not None:
             kept.append((rate, result))
-        return found >= wanted
+        return result.attainment >= wanted
 
 
 @contextlib.contextmanager
 def prober(
-    address: str, model: str, requests: Sequence[Arrays], *, seed: int, scale: float = 1.0
+    address: str, model: str, requests: Sequence[Arrays], *, seed: int, scale: float = 1.0, shared_memory: bool = False
 ) -> Iterator[tuple[Prober, float]]:
-    """A prober of a warm model, and the seconds of one request alone."""
+    """A prober of a warm model, and the seconds of one request alone, over gRPC. shared_memory: where the loads' tensors lie."""
     with contextlib.closing(Caller(address, model)) as caller:
         encoded = [infer_inputs(arrays) for arrays in requests[:WARMING]]
         for inputs in encoded:
@@ -66,5 +65,5 @@ def prober(
         for inputs in encoded:
             caller.infer(inputs)
         alone_s = (time.perf_counter() - began) / len(encoded)
-    with contextlib.closing(TritonTarget(address, model, requests)) as target:
+    with contextlib.closing(TritonTarget(address, model, requests, shared_memory=shared_memory)) as target:
         yield Prober(target, seed, scale=scale), alone_s

@@ -50,6 +50,7 @@ class Job:
     seed: int = 0
     scale: float = 1.0
     whole: bool = False
+    shared_memory: bool = False
 
     def score(self, knobs: Knobs, beat: float) -> float:
         """Serve the setting, and find the highest rate within the limit; 0 where it does not beat `beat`."""
@@ -58,7 +59,10 @@ class Job:
             served(
                 {NAME: variant}, least_batch=self.queries.least_batch, directory=self.directory / "trial", work_dir=self.work_dir
             ) as server,
-            prober(server.grpc, NAME, self.requests, seed=self.seed, scale=self.scale) as (probe, alone_s),
+            prober(server.grpc, NAME, self.requests, seed=self.seed, scale=self.scale, shared_memory=self.shared_memory) as (
+                probe,
+                alone_s,
+            ),
         ):
 
             def meets(rate: float) -> bool:

@@ -53,7 +53,9 @@ def served(variants: Mapping[str, Variant], *, least_batch: int, directory: Path
                 plan = repository / name / "1" / PLAN_FILE
                 configs = _copy_sidecars(variant.artifact, variant.knobs, directory / name, plan)
                 stack.enter_context(running_sidecars(configs, work_dir=logs / name))
-        yield stack.enter_context(TritonServer(repository, work_dir=work_dir, log=logs / "triton.log", arguments=COMPLETE))
+        # A climb leaves many servers, and nothing in one is worth the seconds that it takes to unload.
+        server = TritonServer(repository, work_dir=work_dir, log=logs / "triton.log", arguments=COMPLETE, stop_timeout_s=0.0)
+        yield stack.enter_context(server)
 
 
 def _copy_sidecars(artifact: Path, knobs: Knobs, directory: Path, plan_of_ranker: Path) -> list[Path]:

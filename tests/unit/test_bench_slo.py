@@ -2,36 +2,70 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
+from sidepool.bench import slo
 from sidepool.bench.energy import Energy, read_energy
 from sidepool.bench.load import LoadResult, Schedule
 from sidepool.bench.slo_overload import figures
 from sidepool.bench.slo_report import plot, summary
+from sidepool.wire.errors import TransportError
 
 
 def model(rates: tuple[float, float, float], p99_ms: tuple[float, float]) -> dict[str, Any]:
     latencies = {name: [{"p99_ms": 9 * p99}, {"p99_ms": p99}] for name, p99 in zip(("monolithic", "tuned"), p99_ms, strict=True)}
     highest = {"1": dict(zip(("monolithic", "static", "tuned"), rates, strict=True))}
-    return {"highest_qps": highest, "limit": {"ms": 5.0}, "fixed_rate": {"latencies": latencies}}
+    unmet = {name: "slow" for name, rate in highest["1"].items() if not rate}
+    return {"highest_qps": highest, "limit": {"ms": 5.0}, "fixed_rate": {"latencies": latencies}, "unmet": unmet}
 
 
 def test_a_summary_has_geometric_means_and_leaves_out_what_has_none(tmp_path: Path) -> None:
     models = {"a": model((10, 10, 40), (4, 2)), "b": model((10, 20, 20), (1, 2))}
-    assert summary(models) == {
-        "models": 2,
+    means = {
         "tuned_over_static": 2.0,
         "tuned_over_monolithic": pytest.approx(8**0.5, abs=1e-3),
         "p99_at_half_load_tuned_over_monolithic": 1.0,
     }
+    assert summary(models) == {"over": ["a", "b"], "left_out": {}, **means}
     models["c"] = model((0, 20, 20), (1, 2))
-    assert summary(models)["tuned_over_monolithic"] is None
+    assert summary(models) == {"over": ["a", "b"], "left_out": {"c": {"monolithic": "slow"}}, **means}
+    assert summary({})["tuned_over_static"] is None
     plot(models, tmp_path / "slo.png")
     assert (tmp_path / "slo.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_model_that_fails_is_named_and_the_others_are_measured_and_only_it_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[str] = []
+
+    class Measured:
+        def __init__(self, name: str, args: argparse.Namespace, console: Console) -> None:
+            tried.append(name)
+
+        def measure(self) -> dict[str, Any]:
+            if tried.count("ncf") == 1 and tried[-1] == "ncf":
+                raise TransportError("Triton: not ready")
+            return model((10, 10, 20), (4, 2))
+
+    monkeypatch.setattr(slo, "Model", Measured)
+    parser = argparse.ArgumentParser()
+    slo.add_arguments(parser)
+    file = tmp_path / "slo.json"
+    args = parser.parse_args(["--json", str(file), "--models", "ncf,din", "--plot", str(tmp_path / "slo.png")])
+    assert slo.run(args) == 1
+    found = json.loads(file.read_text())
+    assert (found["failed"], list(found["models"])) == ({"ncf": "TransportError: Triton: not ready"}, ["din"])
+    assert slo.run(args) == 0
+    assert tried == ["ncf", "din", "ncf"]
+    assert json.loads(file.read_text())["failed"] == {}
 
 
 def test_an_overload_counts_answers_in_time_and_the_last_miss_after_it() -> None:

@@ -11,6 +11,7 @@ import torch
 
 from sidepool.client.dense import DenseGraph
 from sidepool.client.index_program import FeatureRouter
+from sidepool.client.linear_layers import pack_linear_layers, rounded_up
 from sidepool.wire.errors import ConfigError, LookupRejected, ShardCorrupt
 from sidepool.wire.model import DenseProgram, FeatureSource, FixedSource, IndexProgram, JaggedSource, ModelSpec, TensorSpec
 from sidepool.wire.plan import Feature, Plan, Pooling, Shard, SidecarAddress, Table
@@ -168,6 +169,42 @@ def test_a_dense_graph_gives_what_the_module_gives(tmp_path: Path) -> None:
         (found,) = dense.run(pooled, (), {"x": x, "unused": x})
         with torch.no_grad():
             torch.testing.assert_close(found, module(pooled, x), rtol=1e-6, atol=1e-6)
+
+
+class Wide(torch.nn.Module):
+    """Linear layers with and without bias and ReLU, one over three dimensions, one whose result is used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(96, 128), torch.nn.Linear(128, 64, bias=False)
+        self.each, self.last = torch.nn.Linear(32, 48), torch.nn.Linear(64 + 48, 3)
+
+    def forward(self, pooled: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        second = self.second(torch.relu(self.first(pooled)))
+        return self.last(torch.cat([second * torch.relu(second), torch.relu(self.each(x)).sum(1)], dim=1))
+
+
+def test_large_linear_layers_give_what_the_module_gives_at_any_size_of_batch(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = Wide().eval()
+    save(module, tmp_path / "dense.pt2", torch.ones(3, 96), torch.ones(3, 5, 32))
+    packed: list[int] = []
+    load_program(tmp_path / "dense.pt2", rewrite=lambda graph: packed.append(pack_linear_layers(graph)))
+    assert packed == [4 if torch.backends.mkldnn.is_available() and "AVX" in torch.backends.cpu.get_cpu_capability() else 0]
+    dense = DenseGraph(model(FixedSource(input="ids", begin=0, end=1)), tmp_path)
+    buffer = torch.full((512, 96), torch.nan)  # what lies behind a batch in its memory reaches no result
+    for batch in (0, 1, 17, 129, 300, 512):
+        pooled, x = buffer[:batch].normal_(), torch.randn(batch, 5, 32)
+        (found,) = dense.run(pooled, (), {"x": x})
+        with torch.no_grad():
+            torch.testing.assert_close(found, module(pooled, x), rtol=1e-4, atol=1e-4)
+        buffer[:batch] = torch.nan
+
+
+def test_batches_are_rounded_up_by_an_eighth_at_most_to_few_sizes() -> None:
+    sizes = {batch: rounded_up(batch) for batch in range(4097)}
+    assert all(batch <= size <= batch * 9 / 8 for batch, size in sizes.items())
+    assert len(set(sizes.values())) < 100
 
 
 def test_dense_inputs_that_do_not_fit_are_named_and_the_next_call_works(tmp_path: Path) -> None:
