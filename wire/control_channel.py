@@ -32,6 +32,9 @@ class ClientTls:
             ("grpc.initial_reconnect_backoff_ms", FIRST_RETRY_MS),
             ("grpc.max_reconnect_backoff_ms", LAST_RETRY_MS),
         ]
+        if (self.cert is None) != (self.key is None) or (self.ca is None and self.cert is not None):
+            found = [name for name in ("ca", "cert", "key") if getattr(self, name) is not None]
+            raise ConfigError(f"tls: found {', '.join(found)} alone; allowed: ca, or ca, cert and key, or none of them")
         if self.ca is None:
             return grpc.insecure_channel(address, options)
         try:
