@@ -67,6 +67,7 @@ def test_several_deployments_end_with_the_first(tmp_path: Path) -> None:
         (["apply", "--deployment", "deploy"], "apply: found []; allowed: one plan"),
         (["rollback", "next.yaml", "--deployment", "deploy"], "rollback: found ['next.yaml']; allowed: no plan"),
         (["apply", "next.yaml", "--deployment", "deploy", "--bytes-per-s", "-1"], "bytes-per-s: found -1.0"),
+        (["apply", "next.yaml", "--deployment", "deploy", "--bytes-per-s", "1e-9"], "allowed: 1000000 to 100000000000, or 0"),
         (["apply", "none.yaml", "--deployment", "none"], "none.yaml: cannot be read"),
     ],
 )
