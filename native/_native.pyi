@@ -87,11 +87,11 @@ class TableSet:
         """
     def rows_ahead(self, table: int) -> int:
         """The lookahead of a table in rows; 0 where none was chosen or the table is not held."""
-    def promote(self, gently: bool = False) -> int:
-        """Copy every mapped table into memory of its own (see `set_memory`) while serving goes on; returns bytes copied.
+    def promote(self, at_least: int = ...) -> int:
+        """Copy mapped tables into memory of their own (see `set_memory`) while serving goes on; returns bytes copied.
 
-        Run it once, from one background thread. Lookups use a table's copy from the moment it is complete. gently: half a GB a
-        second, for copies that lookups do not wait for.
+        From one background thread at a time. Lookups use a table's copy from the moment it is complete. at_least: stop soon after
+        so many bytes, to go on there in the next call, which returns 0 when there is nothing left; default: all of them.
         """
     def share(self, table: int, other: TableSet, others_table: int) -> bool:
         """Have a mapped table read its rows where `other` has promoted those of the same file; each set keeps them as long as it

@@ -3,6 +3,8 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <limits>
+
 #include "binding_program.hpp"
 #include "binding_types.hpp"
 #include "pooling.hpp"
@@ -101,8 +103,8 @@ void bind_tables(nb::module_& m) {
             self.set->set_memory({parse_huge_pages(huge_pages), nodes});
           }, "huge_pages"_a, "nodes"_a)
       .def("reserve", [](PyTables& self) { self.set->reserve(); }, nb::call_guard<nb::gil_scoped_release>())
-      .def("promote", [](PyTables& self, bool gently) { return self.set->promote(gently); }, "gently"_a = false,
-           nb::call_guard<nb::gil_scoped_release>())
+      .def("promote", [](PyTables& self, int64_t at_least) { return self.set->promote(at_least); },
+           "at_least"_a = std::numeric_limits<int64_t>::max(), nb::call_guard<nb::gil_scoped_release>())
       .def("share", [](PyTables& self, int32_t table, const PyTables& other, int32_t others_table) {
             nb::gil_scoped_release release;
             return self.set->share(table, *other.set, others_table);

@@ -24,8 +24,9 @@ from sidepool.wire.plan_source import PlanSource
 
 # Every call is answered at once; a machine under full load may take a few seconds for it.
 CALL_TIMEOUT_S = 10.0
-# How often sidecars are asked how far they are: what people watch, and little beside the move itself.
-POLL_S = 0.25
+# How often sidecars are asked how far they are: small moves are over soon, large ones are watched by people, and every question
+# takes a millisecond of each machine.
+FIRST_POLL_S, LAST_POLL_S = 0.05, 1.0
 # A sidecar that does not answer may be starting again; its start reads and checks all it has.
 PATIENCE_S = 60.0
 # Calls are waits; more threads gain nothing even for hundreds of sidecars.
@@ -93,6 +94,8 @@ class Peers:
             reply: MoveReply = getattr(stub, method)(request, timeout=CALL_TIMEOUT_S)
         except grpc.RpcError as e:
             return fault_of(e, f"sidecar {name!r} ({self.sidecars[name].address})")
+        if reply.name != name:  # rankers would ask it for what another one holds
+            return PlanError(f"sidecar {name!r}: address: found {reply.name!r} at {self.sidecars[name].address}; allowed: {name!r}")
         return reply
 
 
@@ -165,13 +168,14 @@ def _prepare(peers: Peers, old: Plan, new: Plan, bytes_per_s: float, show: Show)
     """Return once every sidecar of `new` answers it; raises where that cannot be."""
     request = PrepareRequest(plan=pack_plan(new), present=pack_plan(old), bytes_per_s=bytes_per_s)
     answers = peers.insist("Prepare", request)  # one that is not there now is an error at once
-    heard = dict.fromkeys(answers, time.monotonic())
+    heard, pause_s = dict.fromkeys(answers, time.monotonic()), FIRST_POLL_S
     while True:
         show(list(answers.values()))
         ready = [name for name, reply in answers.items() if new.fingerprint in {held.fingerprint for held in reply.plans}]
         if len(ready) == len(peers.sidecars):
             return
-        time.sleep(POLL_S)
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, LAST_POLL_S)
         answers = {}
         for name, answer in peers.ask("Progress", ProgressRequest()).items():
             if isinstance(answer, MoveReply) and answer.phase == "idle":  # it was started again

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColum
 
 from sidepool.partition.apply import Places, Show, apply, rollback, undo
 from sidepool.partition.etcd_command import coordination_of
-from sidepool.wire.control_channel import ClientTls
+from sidepool.wire.control_channel import ClientTls, check_rate
 from sidepool.wire.control_pb2 import MoveReply
 from sidepool.wire.errors import ConfigError
 from sidepool.wire.model import PLAN_FILE
@@ -28,8 +28,7 @@ def run(action: str, words: Sequence[str], args: argparse.Namespace) -> int:
         raise ConfigError(f"{action}: found {list(words)}; allowed: {'one plan' if action == 'apply' else 'no plan'}")
     if not args.deployment and not args.etcd:
         raise ConfigError(f"{action}: found neither --deployment nor --etcd; allowed: where rankers read the plan")
-    if not args.bytes_per_s >= 0:
-        raise ConfigError(f"bytes-per-s: found {args.bytes_per_s}; allowed: above 0")
+    check_rate("bytes-per-s", args.bytes_per_s)
     with closing(coordination_of(args).plan_source()) if args.etcd else nullcontext() as etcd:
         return _change(action, words, args, etcd)
 

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from sidepool.wire.config import FormatVersion, Frozen, load_yaml
 from sidepool.wire.errors import ConfigError
-from sidepool.wire.plan import Name, SidecarAddress
+from sidepool.wire.plan import Address, Name, SidecarAddress
 
 
 class Nic(Frozen):
@@ -25,9 +25,9 @@ class CpuNode(Frozen):
     """A machine that runs one sidecar."""
 
     name: Name
-    address: Annotated[str, Field(max_length=300)]
-    """`host:port` of its sidecar's control plane."""
-    memory_bytes: Annotated[int, Field(gt=0)]
+    address: Address
+    """Of its sidecar's control plane."""
+    memory_bytes: Annotated[int, Field(gt=0, le=1 << 60)]
     """What tables may take."""
     cores: Annotated[int, Field(ge=1, le=4096)]
     nics: Annotated[tuple[Nic, ...], Field(min_length=1)]
@@ -35,7 +35,7 @@ class CpuNode(Frozen):
     """Machines of a rack share an access switch."""
     pod: Name = "pod-0"
     """A service never spans pods."""
-    cost: Annotated[float, Field(gt=0)] = 1.0
+    cost: Annotated[float, Field(gt=0, le=1e15)] = 1.0
 
     @property
     def nic(self) -> Nic:
@@ -84,12 +84,8 @@ class Inventory(Frozen):
 def load_inventory(path: Path) -> Inventory:
     """Read and check an inventory; raises `ConfigError`."""
     inventory = load_yaml(path, Inventory)
-    for field in ("name", "address"):
-        counts = Counter(getattr(node, field) for node in inventory.cpu_nodes)
+    for kind, field in (("cpu_nodes", "name"), ("cpu_nodes", "address"), ("gpu_nodes", "name")):
+        counts = Counter(getattr(node, field) for node in getattr(inventory, kind))
         if twice := [value for value, n in counts.items() if n > 1]:
-            raise ConfigError(f"{path}: cpu_nodes: {field}: {twice[0]!r} appears more than once; allowed: a different one per node")
-    for i, node in enumerate(inventory.cpu_nodes):
-        host, colon, port = node.address.rpartition(":")
-        if not host or not colon or not port.isdigit() or not 1 <= int(port) <= 65535:
-            raise ConfigError(f"{path}: cpu_nodes.{i}.address: found {node.address!r}; allowed: host:port, ports 1 to 65535")
+            raise ConfigError(f"{path}: {kind}: {field}: {twice[0]!r} appears more than once; allowed: a different one per node")
     return inventory

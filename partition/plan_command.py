@@ -72,10 +72,13 @@ def run(args: argparse.Namespace) -> int:
     found = replan(old, inventory, access, args.strategy, objective=args.objective, time_limit_s=args.time_limit)
     if args.print or not (args.out or args.write or args.helm_values):
         print(report(found))
-    if args.helm_values:
-        args.helm_values.write_text(yaml.safe_dump(helm_values(found.plan, inventory), sort_keys=False), encoding="utf-8")
-    if args.out:
-        save_plan(found.plan, args.out)
+    try:
+        if args.helm_values:
+            args.helm_values.write_text(yaml.safe_dump(helm_values(found.plan, inventory), sort_keys=False), encoding="utf-8")
+        if args.out:
+            save_plan(found.plan, args.out)
+    except OSError as e:
+        raise ConfigError(f"plan: cannot be written: {e}") from e
     if args.write:
         if directory is None:
             raise ConfigError(f"write: found the plan file {artifact} alone; allowed: the directory with its shards")

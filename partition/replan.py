@@ -72,6 +72,7 @@ def replan(
         )
     if strategy not in STRATEGIES:
         raise PlanError(f"strategy: found {strategy!r}; allowed: {', '.join(STRATEGIES)}")
+    _check_access(access, old)
     wanted = demands(old.tables, access, {f.table: f.pooling for f in old.features})
     racks = frozenset(node.rack for node in inventory.gpu_nodes)
     rate = access.lookups_per_s
@@ -104,6 +105,21 @@ def replan(
         placement, gap, chosen = min(near, key=lambda c: (len({n.rack for n in c[0].nodes}), *_score(p99, rate)(c[0])))
     p50_ns, p99_ns = latency_ns(placement, rate, [0.5, 0.99], racks)
     return Replanned(_plan(old, placement), placement, tuple(node_loads(placement, rate)), p50_ns, p99_ns, gap, chosen)
+
+
+def _check_access(access: AccessProfile, plan: Plan) -> None:
+    """Refuse the profile of another model: `PlanError`. Tables that it does not name are never asked."""
+    if access.model != plan.model:
+        raise PlanError(f"profile: model: found {access.model!r}; allowed: {plan.model!r}, that of the plan")
+    known = set()
+    for i, found in enumerate(access.tables):
+        where = f"profile: tables.{i}"
+        if found.table not in plan.table_index or found.table in known:
+            raise PlanError(f"{where}.table: found {found.table!r}; allowed: every table of the plan once")
+        known.add(found.table)
+        rows = plan.tables[plan.table_index[found.table]].rows
+        if wrong := next((hot.row for hot in found.hot_rows if hot.row >= rows), None):
+            raise PlanError(f"{where}.hot_rows: found row {wrong}; allowed: 0 to {rows - 1}")
 
 
 def _score(p99: Callable[[Placement], float], rate: float) -> Callable[[Placement], tuple[float, float]]:

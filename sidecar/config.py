@@ -19,6 +19,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from sidepool.wire.config import FormatVersion, Frozen, load_yaml
+from sidepool.wire.control_channel import LEAST_BYTES_PER_S, MOST_BYTES_PER_S
 from sidepool.wire.coordination import Coordination
 from sidepool.wire.errors import ConfigError
 from sidepool.wire.plan import Name
@@ -87,8 +88,8 @@ Numa = Annotated[
 # Less than a cache line is none, and more than a level-2 cache is pushed out before its use.
 LookaheadBytes = Annotated[Literal["auto"] | Annotated[int, Field(ge=64, le=MIB)], _one_complaint("'auto' or 64 to 1048576 bytes")]
 MoveRate = Annotated[
-    Literal["auto"] | Annotated[float, Field(ge=1_000_000, le=100_000_000_000)],
-    _one_complaint("'auto' or 1000000 to 100000000000 bytes per second"),
+    Literal["auto"] | Annotated[float, Field(ge=LEAST_BYTES_PER_S, le=MOST_BYTES_PER_S)],
+    _one_complaint(f"'auto' or {LEAST_BYTES_PER_S} to {MOST_BYTES_PER_S} bytes per second"),
 ]
 # Measured at 2.2 ms of one core per MB and direction: 1 % of a machine, which its median lookup does not notice.
 MOVE_BYTES_PER_S_AND_CORE = 4_000_000.0

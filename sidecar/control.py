@@ -23,6 +23,7 @@ from sidepool.sidecar.moving import Mover
 from sidepool.sidecar.sending import Sender
 from sidepool.sidecar.serving import CONTROL_SERVICE, Serving, State
 from sidepool.wire import control_pb2, control_pb2_grpc
+from sidepool.wire.control_channel import check_rate
 from sidepool.wire.errors import ConfigError, FrameError, Overloaded, PlanError, Status
 from sidepool.wire.plan import Plan, unpack_plan
 
@@ -137,8 +138,7 @@ class ControlServicer(control_pb2_grpc.SidecarServicer):
 
     @translated
     def Prepare(self, request: control_pb2.PrepareRequest, context: grpc.ServicerContext) -> control_pb2.MoveReply:
-        if not request.bytes_per_s >= 0:
-            raise ConfigError(f"bytes_per_s: found {request.bytes_per_s}; allowed: above 0, or 0 for move_bytes_per_s")
+        check_rate("bytes_per_s", request.bytes_per_s)
         plan, present = unpack_plan(request.plan, "plan"), unpack_plan(request.present, "present plan")
         self._mover.prepare(plan, present, request.bytes_per_s)
         return self._mover.progress()

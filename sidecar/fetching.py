@@ -53,8 +53,10 @@ FIRST_PAUSE_S, LAST_PAUSE_S = 0.1, 5.0
 TRIES = 10
 # A peer that sends wrong bytes, or says that it does not have them, is asked this often (others that hold them included).
 TRIES_WITHOUT_HOPE = 3
-# How soon a wait notices that it shall end.
-LOOK_S = 0.1
+# What has arrived is read once more for its checksum, and then copied to where it is served from, this many times faster than it
+# came; a move takes a third longer for both. Copies are the slower: huge pages that a virtual machine's host has yet to provide
+# take milliseconds each.
+READ_SPEED, COPY_SPEED = 16, 4
 
 
 class MoveStopped(Exception):
@@ -116,11 +118,10 @@ class Fetcher:
         if call is not None:
             call.cancel()
 
-    def wait_for(self, thread: threading.Thread) -> None:
-        """Wait for what has to be done beside; raises `MoveStopped` when told to stop, and leaves it alone then."""
-        while thread.is_alive():
-            thread.join(LOOK_S)
-            self._stopped()
+    def take_turn(self, count: float) -> None:
+        """Wait until it is the turn of so many bytes of a move; raises `MoveStopped`."""
+        self._pacer.wait(count, self._order.bytes_per_s, self._stopping.wait)
+        self._stopped()
 
     def run(self, record: MoveRecord) -> Path:
         """Bring everything; returns the complete directory, `record` and manifest in it.
@@ -245,7 +246,7 @@ class Fetcher:
             staged, done_before = StagedShard(partial, shard), self.progress.done_bytes
             try:
                 checksums = [self._bring_piece(staged, piece) for piece in pieces]
-                entry = staged.finish(self._stopped)
+                entry = staged.finish(lambda count: self.take_turn(count / READ_SPEED))
                 # A shard that moved as it was has the checksum that its old manifest gives.
                 moved_whole = len(pieces) == 1 and pieces[0].whole and checksums[0] is not None
                 if not moved_whole or checksums[0] == entry.crc32c:
@@ -317,11 +318,12 @@ class Fetcher:
                     staged.forget()
                     raise ShardCorrupt(f"{where}: the rows sent have another CRC-32C than it says at the end")
                 return int(chunk.shard_crc32c)
-            count, odd = divmod(len(chunk.rows), width)
-            if chunk.first_row != at or odd or not 0 < count <= gap.rows[1] - at or crc32c(chunk.rows) != chunk.crc32c:
+            rows = chunk.rows  # once: every look at it is a copy
+            count, odd = divmod(len(rows), width)
+            if chunk.first_row != at or odd or not 0 < count <= gap.rows[1] - at or crc32c(rows) != chunk.crc32c:
                 raise ShardCorrupt(f"{where}: rows from {at} on came with another CRC-32C than it says")
             digest = crc32c(chunk.crc32c.to_bytes(4, "little"), digest)
-            self._take(staged, gap, at, np.frombuffer(chunk.rows, np.uint8).reshape(count, width), chunk.crc32c)
+            self._take(staged, gap, at, np.frombuffer(rows, np.uint8).reshape(count, width), chunk.crc32c)
             at += count
         raise ShardCorrupt(f"{where}: the stream ended at row {at}")
 
@@ -329,8 +331,9 @@ class Fetcher:
         """Have another sidecar send the file of a program; it must be the one that the plan names."""
         content = bytearray()
         for chunk in self._chunks(FetchRequest(table=table, program_file=True), holder):
-            self._pacer.wait(len(chunk.rows), self._order.bytes_per_s, self._stopping.wait)
-            content += chunk.rows
+            rows = chunk.rows
+            self.take_turn(len(rows))
+            content += rows
         if (found := crc32c(content)) != file.crc32c:
             raise ShardCorrupt(
                 f"{self._peer(holder)}: {file.file}: CRC-32C: found {found:#010x}; allowed: {file.crc32c:#010x} (from the plan)"
@@ -362,8 +365,7 @@ class Fetcher:
             call.cancel()
 
     def _take(self, staged: StagedShard, gap: Part, row: int, rows: NDArray[np.uint8], checksum: int) -> None:
-        self._pacer.wait(rows.nbytes, self._order.bytes_per_s, self._stopping.wait)
-        self._stopped()
+        self.take_turn(rows.nbytes)
         staged.write(row, gap.columns, rows, checksum)
         self.progress.done_bytes += rows.nbytes
 

@@ -188,33 +188,34 @@ def _rows_ahead(tables: _native.TableSet, plan: Plan, name: str) -> dict[int, in
     return {table.row_format.row_bytes(s.column_count): tables.rows_ahead(at) for table, s, at in held if tables.rows_ahead(at) > 0}
 
 
-def promote(plans: Sequence[Published], *, beside: Published | None = None, idly: bool = False) -> threading.Thread:
-    """Copy the tables of `plans`, the oldest first, into huge pages on a background thread; lookups use each copy as soon as it
-    is complete. Rows that an older plan, or `beside`, has there already are shared.
-
-    idly: gently, and only while the processor has nothing else to do, for copies that lookups do not wait for.
-    """
+def promote(plans: Sequence[Published]) -> None:
+    """Copy the tables of `plans`, the oldest first, into huge pages on a background thread."""
     # A daemon: the process may end in the middle of a copy, which nobody needs any more.
-    thread = threading.Thread(target=_promote_all, args=(plans, beside, idly), name="promote", daemon=True)
-    thread.start()
-    return thread
+    threading.Thread(target=_promote_all, args=(plans,), name="promote", daemon=True).start()
 
 
-def _promote_all(plans: Sequence[Published], beside: Published | None, idly: bool) -> None:
-    if idly:
-        with contextlib.suppress(OSError):  # a container may not be allowed to; then it is a copy like any other
-            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))  # of this thread alone
+def _promote_all(plans: Sequence[Published]) -> None:
+    beside: Published | None = None
     for published in plans:
-        if beside is not None:
-            share_rows(published, beside)
-        _promote(published.tables, idly)
+        copy_rows(published, beside)
         beside = published
 
 
-def _promote(tables: _native.TableSet, gently: bool) -> None:
-    began = time.monotonic()
+def copy_rows(published: Published, beside: Published | None, turn: Callable[[int], None] | None = None) -> None:
+    """Copy tables into huge pages; lookups use each copy as soon as it is complete. Rows that `beside` has there are shared.
+
+    turn: is told the bytes of every small step, to wait or to raise, for copies that lookups do not wait for.
+    """
+    if beside is not None:
+        share_rows(published, beside)
+    tables, copied, began = published.tables, 0, time.monotonic()
     try:
-        copied = tables.promote(gently)
+        if turn is None:
+            copied = tables.promote()
+        else:
+            while step := tables.promote(1):
+                copied += step
+                turn(step)
     except (MemoryError, _native.NativeError) as e:
         logs.log(logging.WARNING, "tables stay mapped: no memory for huge pages", reason=str(e))
         return

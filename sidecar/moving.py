@@ -24,8 +24,8 @@ from sidepool.sidecar.epochs import (
     remove_directory,
     save_record,
 )
-from sidepool.sidecar.fetching import Fetcher, MoveStopped, Order, Progress
-from sidepool.sidecar.loader import load_source, promote
+from sidepool.sidecar.fetching import COPY_SPEED, Fetcher, MoveStopped, Order, Progress
+from sidepool.sidecar.loader import copy_rows, load_source
 from sidepool.sidecar.pacing import Pacer
 from sidepool.sidecar.serving import Published, Serving, State
 from sidepool.wire.control_channel import ClientTls
@@ -151,7 +151,7 @@ class Mover:
             beside = self._serving.published
             published = load_source(config, move.plan, directory, verify=False, beside=beside)
             if config.promote:  # before the first lookup, which would otherwise pay for mapped pages
-                move.fetcher.wait_for(promote([published], beside=beside, idly=True))
+                copy_rows(published, beside, lambda count: move.fetcher.take_turn(count / COPY_SPEED))
         except MoveStopped:
             return
         except Exception as e:  # a thread has no caller: whoever asks for progress is told

@@ -14,7 +14,7 @@ class Pacer:
         self._lock = threading.Lock()
         self._free_at = 0.0
 
-    def wait(self, count: int, bytes_per_s: float, sleep: Callable[[float], object] = time.sleep) -> None:
+    def wait(self, count: float, bytes_per_s: float, sleep: Callable[[float], object] = time.sleep) -> None:
         """Take `count` bytes' turn and return once those before it have had theirs; at no moment is more saved up than that."""
         with self._lock:
             now = time.monotonic()

@@ -13,8 +13,9 @@ from sidepool.sidecar.pacing import Pacer
 from sidepool.sidecar.serving import Serving
 from sidepool.sidecar.stored import Part, find_shard, read_part, read_program_file
 from sidepool.wire.checksum import crc32c
+from sidepool.wire.control_channel import check_rate
 from sidepool.wire.control_pb2 import FetchChunk, FetchRequest
-from sidepool.wire.errors import ConfigError, Overloaded, PlanError
+from sidepool.wire.errors import Overloaded, PlanError
 from sidepool.wire.program import TorchFile
 from sidepool.wire.shards import ShardFile
 
@@ -48,8 +49,7 @@ class Sender:
             if whole.row_format == "int4" and part.columns[0] % 2:
                 raise PlanError(f"first_column: found {part.columns[0]}; allowed: an even one (int4 stores two values a byte)")
             blocks = read_part(published, whole, part)
-        if not request.bytes_per_s >= 0:
-            raise ConfigError(f"bytes_per_s: found {request.bytes_per_s}; allowed: above 0, or 0 for move_bytes_per_s")
+        check_rate("bytes_per_s", request.bytes_per_s)
         rate = request.bytes_per_s or self._bytes_per_s
         if not self._free.acquire(blocking=False):
             raise Overloaded(f"sidecar {self._serving.name!r} sends to {MAX_STREAMS} others already")

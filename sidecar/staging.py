@@ -22,6 +22,9 @@ from sidepool.wire.shards import ShardFile
 from sidepool.wire.stored_rows import put_columns, take_columns
 
 JOURNAL_SUFFIX = ".journal"
+# Bytes that one call writes. The kernel lets nobody else have the core until they are in its pages, each of which takes 15 us
+# where a virtual machine's host has yet to provide it.
+WRITE_BYTES = 32 << 10
 
 
 class StagedShard:
@@ -71,22 +74,22 @@ class StagedShard:
             others = self._read(first_row, len(rows))
             put_columns(others, rows, self.shard.row_format, columns[0] - self.shard.first_column)
         self._write(np.ascontiguousarray(rows if whole else others).data, self._offset(first_row))
-        block = (first_row, first_row + len(rows))
-        self._journal.write(json.dumps([*block, *columns, checksum]) + "\n")
+        self._journal.write(json.dumps([first_row, first_row + len(rows), *columns, checksum]) + "\n")
         self._journal.flush()
-        self._present.setdefault(columns, set()).add(block)
+        _add(self._present, columns, (first_row, first_row + len(rows)))
 
     def forget(self) -> None:
         """Nothing has arrived: what did cannot be trusted."""
         self._present.clear()
         self._journal.truncate(0)
 
-    def finish(self, stopped: Callable[[], None]) -> ShardFile:
-        """Sum up, have the disk keep it; returns the manifest's entry. `stopped()` raises where that shall not go on."""
+    def finish(self, turn: Callable[[int], None]) -> ShardFile:
+        """Sum up, have the disk keep it; returns the manifest's entry. turn: is told every step's bytes, to wait or to raise."""
         checksum, step = 0, max(1, CHUNK_BYTES // self._width)
         for row in range(self.shard.first_row, self.shard.row_range[1], step):
-            stopped()
-            checksum = crc32c(self._read(row, min(step, self.shard.row_range[1] - row)), checksum)
+            rows = self._read(row, min(step, self.shard.row_range[1] - row))
+            turn(rows.nbytes)
+            checksum = crc32c(rows, checksum)
         os.fsync(self._file)
         return self.shard.model_copy(update={"crc32c": checksum})
 
@@ -99,21 +102,25 @@ class StagedShard:
         return len(self._header) + (row - self.shard.first_row) * self._width
 
     def _write(self, data: bytes | memoryview, offset: int) -> None:
-        if os.pwrite(self._file, data, offset) != memoryview(data).nbytes:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        whole = memoryview(data).cast("B")
+        for at in range(0, whole.nbytes, WRITE_BYTES):
+            part = whole[at : at + WRITE_BYTES]
+            if os.pwrite(self._file, part, offset + at) != part.nbytes:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _read(self, row: int, count: int) -> NDArray[np.uint8]:
-        data = os.pread(self._file, count * self._width, self._offset(row))
-        return np.frombuffer(bytearray(data), np.uint8).reshape(count, self._width)
+        data = bytearray(count * self._width)
+        os.preadv(self._file, [data], self._offset(row))
+        return np.frombuffer(data, np.uint8).reshape(count, self._width)
 
-    def _read_journal(self) -> dict[tuple[int, int], set[tuple[int, int]]]:
-        """Blocks that are there as the journal says, by columns."""
-        present: dict[tuple[int, int], set[tuple[int, int]]] = {}
+    def _read_journal(self) -> dict[tuple[int, int], list[tuple[int, int]]]:
+        """Rows that are there as the journal says, by columns."""
+        present: dict[tuple[int, int], list[tuple[int, int]]] = {}
         for begin, end, first, last, checksum in self._journal_lines():
             columns = (first - self.shard.first_column, last - self.shard.first_column)
             rows = take_columns(self._read(begin, end - begin), self.shard.row_format, columns)
             if crc32c(rows) == checksum:
-                present.setdefault((first, last), set()).add((begin, end))
+                _add(present, (first, last), (begin, end))
         return present
 
     def _journal_lines(self) -> Iterator[tuple[int, int, int, int, int]]:
@@ -127,3 +134,11 @@ class StagedShard:
                 continue
             if rows[0] <= begin < end <= rows[1] and columns[0] <= first < last <= columns[1]:
                 yield begin, end, first, last, checksum
+
+
+def _add(present: dict[tuple[int, int], list[tuple[int, int]]], columns: tuple[int, int], rows: tuple[int, int]) -> None:
+    """Rows that follow those before become one range with them: a large shard comes in a million blocks."""
+    ranges = present.setdefault(columns, [])
+    if ranges and ranges[-1][1] == rows[0]:
+        rows = (ranges.pop()[0], rows[1])
+    ranges.append(rows)

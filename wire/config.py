@@ -49,7 +49,8 @@ def load_yaml(path: Path, kind: type[T], *, error: type[SidepoolError] = ConfigE
         raise error(f"{path}: cannot be read: {e}") from e
     try:
         data = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except yaml.YAMLError as e:
+    # Also numbers and dates that look right and are not (ValueError), and brackets without end.
+    except (yaml.YAMLError, ValueError, RecursionError) as e:
         raise error(f"{path}: not valid YAML: {' '.join(str(e).split())}") from e  # in one line, as every error
     return decode(data, kind, where=str(path), error=error)
 
@@ -58,7 +59,7 @@ def load_json(path: Path, kind: type[T], *, error: type[SidepoolError] = ConfigE
     """Read `path`, JSON that sidepool wrote, as a `kind`; raises `error`, as `load_yaml` does."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise error(f"{path}: cannot be read: {e}") from e
     return decode(data, kind, where=str(path), error=error)
 
@@ -70,10 +71,13 @@ def decode(data: Any, kind: type[T], *, where: str, error: type[SidepoolError] =
     try:
         # JSON mode keeps strictness for scalars while lists become tuples and strings become enums.
         return kind.model_validate_json(json.dumps(data))
-    except (TypeError, ValueError) as e:
+    except (TypeError, ValueError, RecursionError) as e:
         if not isinstance(e, ValidationError):
             raise error(f"{where}: holds a value that YAML types but JSON does not: {e}") from e
-        lines = [_explain(kind, item) for item in e.errors()[:8]]
+        found = e.errors()
+        # A list whose items are wrong is also said to be too short, which it is not.
+        real = [f for f in found if f["type"] != "too_short" or not any(_inside(g, f) for g in found)]
+        lines = [_explain(kind, item) for item in real[:8]]
         raise error(f"{where}: " + "; ".join(lines)) from e
 
 
@@ -81,6 +85,10 @@ def dump_yaml(value: Frozen) -> str:
     """YAML text of `value`, keys in declaration order, None left out; `load_yaml` of it gives an equal value."""
     text: str = yaml.safe_dump(value.model_dump(mode="json", exclude_none=True), sort_keys=False, width=120)
     return text
+
+
+def _inside(item: Any, outer: Any) -> bool:
+    return item is not outer and item["loc"][: len(outer["loc"])] == outer["loc"]
 
 
 def _explain(kind: type[BaseModel], item: Any) -> str:

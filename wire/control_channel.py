@@ -14,6 +14,15 @@ from sidepool.wire.errors import ConfigError, SidepoolError, error_with_code
 CODE_KEY = "sidepool-code"
 # A sidecar that starts again is found within a second or two of its return; gRPC's own two minutes are for busy services.
 FIRST_RETRY_MS, LAST_RETRY_MS = 100, 2000
+# Bytes per second of a move. Slower, one block would hold up all other moves of its sidecar for long; faster is no network.
+LEAST_BYTES_PER_S, MOST_BYTES_PER_S = 1_000_000, 100_000_000_000
+
+
+def check_rate(field: str, bytes_per_s: float) -> None:
+    """Refuse a rate that no move can have: `ConfigError`. 0: each sidecar's own."""
+    if bytes_per_s != 0 and not LEAST_BYTES_PER_S <= bytes_per_s <= MOST_BYTES_PER_S:
+        allowed = f"{LEAST_BYTES_PER_S} to {MOST_BYTES_PER_S}, or 0 for move_bytes_per_s"
+        raise ConfigError(f"{field}: found {bytes_per_s}; allowed: {allowed}")
 
 
 @dataclass(frozen=True)
@@ -32,6 +41,9 @@ class ClientTls:
             ("grpc.initial_reconnect_backoff_ms", FIRST_RETRY_MS),
             ("grpc.max_reconnect_backoff_ms", LAST_RETRY_MS),
         ]
+        if (self.cert is None) != (self.key is None) or (self.ca is None and self.cert is not None):
+            found = [name for name in ("ca", "cert", "key") if getattr(self, name) is not None]
+            raise ConfigError(f"tls: found {', '.join(found)} alone; allowed: ca, or ca, cert and key, or none of them")
         if self.ca is None:
             return grpc.insecure_channel(address, options)
         try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 import hashlib
 import json
+import re
 import zlib
 from collections import Counter
 from functools import cached_property
@@ -16,7 +17,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
+from pydantic_core import PydanticCustomError
 
 from sidepool.wire.config import MAX_YAML_BYTES, FormatVersion, Frozen, decode, dump_yaml, load_yaml
 from sidepool.wire.errors import PlanError
@@ -30,6 +32,17 @@ MAX_FEATURES = 65_536
 MAX_ROWS = 1 << 48
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-/]{0,255}$")]
+
+
+def _known_address(address: str) -> str:
+    found = re.fullmatch(r"(?:[^\s:]+|\[[0-9a-fA-F:]+\]):([0-9]{1,5})", address)
+    if found is None or not 1 <= int(found[1]) <= 65535:
+        raise PydanticCustomError("address", "host:port, ports 1 to 65535")
+    return address
+
+
+Address = Annotated[str, Field(max_length=300), AfterValidator(_known_address)]
+"""`host:port`, or `[IPv6 address]:port`."""
 
 
 class Pooling(enum.StrEnum):
@@ -141,7 +154,7 @@ class SidecarAddress(Frozen):
     """Where the control plane (gRPC) of a sidecar listens."""
 
     name: Name
-    address: Annotated[str, Field(pattern=r"^[^\s:]+:\d{1,5}$|^\[[0-9a-fA-F:]+\]:\d{1,5}$")]
+    address: Address
     node: Name | None = None
     """The machine it runs on, as an inventory names it."""
 
@@ -260,9 +273,6 @@ def validate_plan(plan: Plan, *, where: str = "plan") -> None:
         twice = [name for name, n in Counter(names).items() if n > 1]
         if twice:
             raise PlanError(f"{where}: {kind}: {twice[0]!r} appears more than once; names must be unique")
-    for i, sidecar in enumerate(plan.sidecars):
-        if not 1 <= int(sidecar.address.rpartition(":")[2]) <= 65535:
-            raise PlanError(f"{where}: sidecars.{i}.address: found {sidecar.address!r}; allowed: host:port, ports 1 to 65535")
     for i, table in enumerate(plan.tables):
         if table.default_row >= table.rows:
             raise PlanError(f"{where}: tables.{i}.default_row: found {table.default_row}; allowed: 0 to {table.rows - 1}")

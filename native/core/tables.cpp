@@ -9,7 +9,6 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
-#include <ctime>
 #include <limits>
 
 #include "lookahead.hpp"
@@ -19,11 +18,9 @@
 namespace sidepool {
 namespace {
 
-// A table is copied in slices whose source is given back at once, so that its rows are never resident twice: a huge page
-// each, since beside slices of 64 MiB threads that woke were up to 4 ms late.
-constexpr size_t kCopySlice = size_t(2) << 20;
-// Beside lookups that do not need the copies yet: half a GB a second, a tenth of what a core copies.
-constexpr timespec kGentlePause{0, 4'000'000};
+// A table is copied in slices whose source is given back at once, so that its rows are never resident twice: small, since
+// beside slices of 64 MiB threads that woke were up to 4 ms late.
+constexpr size_t kCopySlice = size_t(256) << 10;
 
 // Rows of smaller sets stay in a last-level cache, where fetching early gains little.
 constexpr int64_t kMeasuredBytes = int64_t(64) << 20;
@@ -70,6 +67,7 @@ struct TableSet::Region {
   const int32_t table;  // in the set that mapped it
   const bool file_backed;
   std::byte* copy = nullptr;  // of a file: the memory that promote fills
+  size_t copied = 0;          // of a file: bytes of its mapping that promote is done with
 };
 
 TableSet::TableSet(int64_t epoch, int32_t tables, int32_t features)
@@ -226,11 +224,11 @@ void TableSet::reserve() {
   }
 }
 
-int64_t TableSet::promote(bool gently) {
+int64_t TableSet::promote(int64_t at_least) {
   reserve();
   int64_t copied = 0;
   for (const auto& region : regions_) {
-    const Region& file = *region;
+    Region& file = *region;
     if (!file.file_backed) continue;
     Table& table = tables_[size_t(file.table)];
     const std::byte* base = table.base.load(std::memory_order_relaxed);
@@ -238,17 +236,18 @@ int64_t TableSet::promote(bool gently) {
     const size_t bytes = size_t(table.rows) * row_bytes(table.format, table.dim);
     std::byte* copy = file.copy;
     const size_t lead = size_t(base - file.address);
-    for (size_t at = 0; at < file.length; at += kCopySlice) {
-      const size_t end = std::min(at + kCopySlice, file.length), begin = std::max(at, lead);
+    while (file.copied < file.length) {
+      if (copied >= at_least) return copied;
+      const size_t at = file.copied, end = std::min(at + kCopySlice, file.length), begin = std::max(at, lead);
       std::memcpy(copy + (begin - lead), file.address + begin, end - begin);
       // Lookups still read through the old base: the mapping stays, only its pages go, and a read faults them back.
       madvise(file.address + at, end - at, MADV_DONTNEED);
-      if (gently) nanosleep(&kGentlePause, nullptr);
+      file.copied = end;
+      copied += int64_t(end - begin);
     }
     huge_bytes_.fetch_add(int64_t(bytes), std::memory_order_relaxed);
     table.base.store(copy, std::memory_order_release);
     madvise(file.address, file.length, MADV_DONTNEED);  // what lookups faulted back meanwhile
-    copied += int64_t(bytes);
   }
   return copied;
 }

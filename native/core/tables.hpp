@@ -3,6 +3,7 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -104,9 +105,10 @@ class TableSet {
   // Maps the memory that promote will fill. Under hugetlb it takes the pages; Error(internal) with how many are needed and
   // how many there are, where they are too few.
   void reserve();
-  // Copies every mapped table into memory of its own while lookups go on; returns bytes copied. Reserves first where that
-  // was not done. One thread at a time, not while the set is being destroyed. gently: with pauses, for lookups on other sets.
-  int64_t promote(bool gently = false);
+  // Copies mapped tables into memory of their own while lookups go on; returns bytes copied. Reserves first where that was
+  // not done. One thread at a time, not while the set is being destroyed. at_least: stops soon after so many bytes, and goes
+  // on there when called again; a table is read from its copy once all of it is there.
+  int64_t promote(int64_t at_least = std::numeric_limits<int64_t>::max());
   // Has a mapped table read its rows where another set's promote put those of the same file: each set keeps them as long as it
   // lives. False where there is nothing to share: that table is not promoted, or this one has memory of its own. Error(plan)
   // for a table that is not held, or of another shape. Lookups may go on in both, the other may be promoted meanwhile.

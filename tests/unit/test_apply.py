@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import grpc
 import pytest
 from small_plan import plan_of
 
 from sidepool.__main__ import main
+from sidepool.partition.apply import apply
 from sidepool.partition.apply_command import find_places
-from sidepool.wire.errors import PlanError
-from sidepool.wire.plan import load_plan, save_plan
+from sidepool.wire.control_channel import ClientTls
+from sidepool.wire.control_pb2 import MoveReply, PrepareRequest
+from sidepool.wire.control_pb2_grpc import SidecarServicer, add_SidecarServicer_to_server
+from sidepool.wire.errors import ConfigError, PlanError
+from sidepool.wire.plan import SidecarAddress, load_plan, save_plan
 
 
 def write(directory: Path, *copies: str) -> list[Path]:
@@ -61,9 +67,40 @@ def test_several_deployments_end_with_the_first(tmp_path: Path) -> None:
         (["apply", "--deployment", "deploy"], "apply: found []; allowed: one plan"),
         (["rollback", "next.yaml", "--deployment", "deploy"], "rollback: found ['next.yaml']; allowed: no plan"),
         (["apply", "next.yaml", "--deployment", "deploy", "--bytes-per-s", "-1"], "bytes-per-s: found -1.0"),
+        (["apply", "next.yaml", "--deployment", "deploy", "--bytes-per-s", "1e-9"], "allowed: 1000000 to 100000000000, or 0"),
         (["apply", "none.yaml", "--deployment", "none"], "none.yaml: cannot be read"),
     ],
 )
 def test_the_command_says_what_it_lacks(words: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", *words]) == 2
     assert complaint in capsys.readouterr().err
+
+
+class Impostor(SidecarServicer):
+    """A sidecar at the address of another one."""
+
+    def Prepare(self, request: PrepareRequest, context: grpc.ServicerContext) -> MoveReply:
+        return MoveReply(name="other", phase="fetching")
+
+    Drop = Prepare
+
+
+def test_a_plan_whose_addresses_are_mixed_up_is_not_applied(tmp_path: Path) -> None:
+    save_plan(plan_of(1), tmp_path / "plan.yaml")
+    server = grpc.server(ThreadPoolExecutor(1))
+    add_SidecarServicer_to_server(Impostor(), server)  # type: ignore[no-untyped-call]
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    server.start()
+    new = plan_of(2).model_copy(update={"sidecars": (SidecarAddress(name="s", address=address),)})
+    try:
+        with pytest.raises(PlanError, match=f"sidecar 's': address: found 'other' at {address}; allowed: 's'"):
+            apply(find_places([tmp_path], new), new, ClientTls())
+    finally:
+        server.stop(None).wait()
+    assert epochs([tmp_path / "plan.yaml"]) == [1]
+
+
+@pytest.mark.parametrize("files", [{"cert"}, {"key"}, {"cert", "key"}, {"ca", "cert"}, {"ca", "key"}])
+def test_half_a_certificate_is_refused(files: set[str], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="alone; allowed: ca, or ca, cert and key, or none of them"):
+        ClientTls(**dict.fromkeys(files, tmp_path)).channel("127.0.0.1:1")

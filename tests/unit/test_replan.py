@@ -144,6 +144,10 @@ def test_latency_grows_with_load_until_there_is_none() -> None:
         ({"address": "nowhere"}, r"cpu_nodes\.0\.address: found 'nowhere'; allowed: host:port"),
         ({"colour": "red"}, r"cpu_nodes\.0\.colour: unknown key"),
         ({"name": "n1"}, r"cpu_nodes: name: 'n1' appears more than once"),
+        ({"address": "two words:50151"}, r"cpu_nodes\.0\.address: found 'two words:50151'; allowed: host:port"),
+        ({"address": "10.0.0.1:99999"}, r"cpu_nodes\.0\.address: found '10\.0\.0\.1:99999'; allowed: host:port, ports 1 to 65535$"),
+        ({"cost": float("inf")}, r"cpu_nodes\.0\.cost: found inf; allowed: less than or equal to"),
+        ({"memory_bytes": -1}, r"cpu_nodes\.0\.memory_bytes: found -1; allowed: greater than 0$"),
     ],
 )
 def test_a_wrong_inventory_is_refused_by_name(tmp_path: Path, change: dict[str, object], message: str) -> None:
@@ -153,3 +157,25 @@ def test_a_wrong_inventory_is_refused_by_name(tmp_path: Path, change: dict[str, 
     path.write_text(yaml.safe_dump({"cpu_nodes": nodes}), encoding="utf-8")
     with pytest.raises(ConfigError, match=message):
         load_inventory(path)
+
+
+@pytest.mark.parametrize("text", ["cpu_nodes: [{name: 2021-13-45}]", "cpu_nodes: " + "9" * 5000, "[" * 5000])
+def test_text_that_only_looks_like_yaml_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "nodes.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load_inventory(path)
+
+
+def test_a_profile_of_other_tables_is_refused() -> None:
+    plan, inventory = plan_of([100, 200]), Inventory(cpu_nodes=(node(0),))
+    access = access_of(plan, [10.0, 10.0])
+    hot = access.tables[0].model_copy(update={"hot_rows": (HotRow(row=100, share=0.5),)})
+    for change, message in (
+        ({"model": "other"}, "profile: model: found 'other'; allowed: 'm'"),
+        ({"tables": access.tables[:1] * 2}, r"profile: tables\.1\.table: found 't0'; allowed: every table of the plan once"),
+        ({"tables": (TableAccess(table="t9", bags_per_s=1, rows_per_s=1),)}, r"profile: tables\.0\.table: found 't9'"),
+        ({"tables": (hot,)}, r"profile: tables\.0\.hot_rows: found row 100; allowed: 0 to 99"),
+    ):
+        with pytest.raises(PlanError, match=message):
+            replan(plan, inventory, access.model_copy(update=change), "load_balanced")

@@ -36,7 +36,7 @@ from sidepool.wire.shard_reader import build_table_set
 ROWS = 50
 # A link on which rows are dear: where programs can be formed, they are cheaper.
 SLOW = "10g-tcp"
-FAST = 1e12
+FAST = 1e11
 
 
 class Attention(nn.Module):
