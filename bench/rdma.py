@@ -9,12 +9,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import statistics
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,9 @@ SLOTS, REQUEST_BYTES, RESPONSE_BYTES = 16, 128 << 10, 128 << 10
 BATCHES = {"64 B": 1, "4 KB": 64, "64 KB": 1024}
 # Exchanges under way at a time: enough that neither side waits for the other's processor.
 DEPTH = 8
-ROUNDS = 3
+# After one that warms up. A machine that others use too changes its speed from second to second: rounds are short and many, only
+# neighbours are compared, and who goes first changes.
+ROUNDS = 9
 LANES = 16
 # A sidecar's default. Threads that spin longer take processors from each other where there are fewer of them.
 SPIN_US = 5
@@ -95,7 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `sidepool bench rdma`."""
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"alternating rounds (default: {ROUNDS})")
-    parser.add_argument("--lookups", type=int, default=2000, help="lookups a round (default: 2000)")
+    parser.add_argument("--lookups", type=int, default=2000, help="lookups of 4 KB a round (default: 2000)")
     parser.add_argument("--device", help="the ranker's device (default: rxeA, else the first)")
     parser.add_argument("--peer-device", help="the sidecar's device (default: rxeB, else the first)")
     parser.add_argument("--gid-index", type=int, default=1, help="of both devices (default: 1, RoCE v2 over IPv4 on most)")
@@ -108,19 +112,17 @@ def run(args: argparse.Namespace) -> int:
     about = machine.describe(0) | {"devices": f"{devices.ranker}, {devices.sidecar}"}
     results: dict[str, Any] = {
         "rates": measure_rates(devices, args.rounds, args.lookups),
-        "pieces": measure_pieces(devices, args.rounds, max(args.lookups // 20, 20)),
-        "engines": measure_engines(devices, args.rounds, max(args.lookups // LANES, 20)),
+        "pieces": measure_pieces(devices, args.rounds, max(args.lookups // 100, 10)),
+        "engines": measure_engines(devices, args.rounds, max(2 * args.lookups // LANES, 20)),
         "credits": measure_credits(devices, max(args.lookups // 4, 100)),
     }
     console.print("  ".join(f"{key}: {value}" for key, value in about.items()))
     for name, r in results["rates"].items():
-        console.print(f"{name:>6}: {r['lane']:9.0f} lookups/s, bare C {r['bare']:9.0f}, ratio {r['ratio']:.2f}")
+        console.print(f"{name:>6}: {r['lane']:9.0f} lookups/s, bare C {r['bare']:9.0f}, {_ratio(r)}")
     for name, rate in results["pieces"].items():
         console.print(f"pieces of {name}: {rate:.1f} large lookups/s")
     engines = results["engines"]
-    console.print(
-        f"{LANES} lanes: 8 engines {engines['8']:.0f}, 16 engines {engines['16']:.0f} lookups/s, ratio {engines['ratio']:.2f}"
-    )
+    console.print(f"{LANES} lanes: 8 engines {engines['8']:.0f}, 16 engines {engines['16']:.0f} lookups/s, {_ratio(engines)}")
     for name, r in results["credits"].items():
         spread = f"mean {r['mean_us']:.0f} µs, p50 below {r['p50_below_us']} µs, {r['grants']} grants"
         console.print(f"credits {name} under bulk load: {spread}")
@@ -131,25 +133,18 @@ def run(args: argparse.Namespace) -> int:
 
 
 def measure_rates(devices: Devices, rounds: int, count: int) -> dict[str, dict[str, float]]:
-    """Per size: the lane's rate, that of two processes which write the same bytes, and the ratio; medians of turns."""
+    """Per size: the lane's rate, that of two processes which write the same bytes, and how they compare."""
     results = {}
     with tempfile.TemporaryDirectory(prefix="sidepool-bench-") as directory, _ends(devices) as ends:
-        bare = _compile(Path(directory))
+        program = _compile(Path(directory))
         for name, batch in BATCHES.items():
+            # Rounds of all sizes take about as long: far longer than it takes to start the threads.
+            lookups = max(4 * count // max(batch // 16, 1), 100)
             request, response = 192 + _padded(batch * 8), 128 + _padded(batch * DIM * 4)
-            command = [bare, devices.ranker, devices.sidecar, *map(str, (devices.gid_index, request, response, DEPTH, count))]
-            lane, floor = [], []
-            for _ in range(rounds + 1):  # the first warms up
-                lane.append(ends.rate(batch, count))
-                floor.append(float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout))
-            ours, theirs = statistics.median(lane[1:]), statistics.median(floor[1:])
-            results[name] = {
-                "lane": ours,
-                "bare": theirs,
-                "ratio": ours / theirs,
-                "request_bytes": request,
-                "response_bytes": response,
-            }
+            command = [program, devices.ranker, devices.sidecar, *map(str, (devices.gid_index, request, response, DEPTH, lookups))]
+            rates = _alternate({"lane": partial(ends.rate, batch, lookups), "bare": partial(_bare_rate, command)}, rounds)
+            sizes = {"request_bytes": request, "response_bytes": response}
+            results[name] = _medians(rates) | _compare(rates["lane"], rates["bare"]) | sizes
     return results
 
 
@@ -158,22 +153,14 @@ def measure_pieces(devices: Devices, rounds: int, count: int) -> dict[str, float
     sizes = {"16 KiB": 16 << 10, "64 KiB": 64 << 10, "256 KiB": 256 << 10}
     with contextlib.ExitStack() as stack:
         ends = {name: stack.enter_context(_ends(devices, piece_bytes=size)) for name, size in sizes.items()}
-        rates: dict[str, list[float]] = {name: [] for name in ends}
-        for _ in range(rounds + 1):
-            for name, one in ends.items():
-                rates[name].append(one.rate(16 * 1024, count, threads=1))
-    return {name: statistics.median(taken[1:]) for name, taken in rates.items()}
+        return _medians(_alternate({name: partial(one.rate, 16 * 1024, count, 1) for name, one in ends.items()}, rounds))
 
 
 def measure_engines(devices: Devices, rounds: int, count: int) -> dict[str, float]:
-    """The rate of many lanes over 8 and over 16 engines, in turns."""
+    """The rate of many lanes over 8 and over 16 engines, and how they compare."""
     with _ends(devices, engines=8, clients=LANES) as eight, _ends(devices, engines=16, clients=LANES) as sixteen:
-        rates: tuple[list[float], list[float]] = ([], [])
-        for _ in range(rounds + 1):
-            rates[0].append(eight.rate(1, count, threads=1))
-            rates[1].append(sixteen.rate(1, count, threads=1))
-    few, many = statistics.median(rates[0][1:]), statistics.median(rates[1][1:])
-    return {"8": few, "16": many, "ratio": many / few}
+        rates = _alternate({"8": partial(eight.rate, 1, count, 1), "16": partial(sixteen.rate, 1, count, 1)}, rounds)
+    return _medians(rates) | _compare(rates["16"], rates["8"])
 
 
 def measure_credits(devices: Devices, count: int) -> dict[str, dict[str, float]]:
@@ -189,6 +176,32 @@ def measure_credits(devices: Devices, count: int) -> dict[str, dict[str, float]]
         mean = sum(side["credit_sum_us"] for side in sides) / max(grants, 1)
         results[mode] = {"grants": grants, "mean_us": mean, "p50_below_us": 1 << median}
     return results
+
+
+def _alternate(contenders: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Each one's rate in every round but the first."""
+    rates: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in range(rounds + 1):
+        for name in list(contenders)[:: 1 if turn % 2 else -1]:
+            rates[name].append(contenders[name]())
+    return {name: taken[1:] for name, taken in rates.items()}
+
+
+def _medians(rates: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    return {name: statistics.median(taken) for name, taken in rates.items()}
+
+
+def _compare(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
+    """The median of the rounds' ratios, and its 95 % confidence interval by the sign test (of fewer than six: all of them)."""
+    ratios = sorted(a / b for a, b in zip(ours, theirs, strict=True))
+    count = len(ratios)
+    cuts = (cut for cut in range(count // 2) if 2 * sum(math.comb(count, i) for i in range(cut + 1)) <= 0.05 * 2**count)
+    cut = max(cuts, default=0)
+    return {"ratio": statistics.median(ratios), "low": ratios[cut], "high": ratios[-1 - cut]}
+
+
+def _ratio(figures: Mapping[str, float]) -> str:
+    return f"ratio {figures['ratio']:.2f} ({figures['low']:.2f} to {figures['high']:.2f})"
 
 
 @contextlib.contextmanager
@@ -212,6 +225,10 @@ def _devices(args: argparse.Namespace) -> Devices:
 
 def _padded(size: int) -> int:
     return -(-size // 64) * 64
+
+
+def _bare_rate(command: Sequence[str]) -> float:
+    return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
 def _compile(directory: Path) -> str:

@@ -45,8 +45,8 @@ def test_everything_on_rdma_holds_in_a_guest_with_softroce(verbs: str, tmp_path:
     assert 'failures="0"' in (tmp_path / "out" / "junit.xml").read_text()
 
 
-def test_two_guests_write_into_each_others_memory() -> None:
-    command = ".venv/bin/python tests/rdma/write_across.py $GUEST_ADDRESS $PEER_ADDRESS"
+def test_two_guests_write_into_each_others_memory_and_look_up_over_a_lane() -> None:
+    command = "PYTHONPATH=tests:$PYTHONPATH .venv/bin/python tests/rdma/write_across.py $GUEST_ADDRESS $PEER_ADDRESS"
     done = in_guest("two_guests", "--limit", str(TWO_GUESTS_LIMIT_S), command, command)
     assert done.returncode == 0
     assert {"first: wrote", "second: wrote"} == {" ".join(line.split()[:2]) for line in done.stdout.splitlines() if "wrote" in line}

@@ -124,14 +124,14 @@ uint32_t ClientLane::wait(uint32_t slot, uint32_t seen, uint64_t deadline_ns, ui
 void ClientLane::receive_or_sleep(uint32_t slot, uint32_t word, uint64_t until_ns, uint64_t) {
   SlotControl& c = control(slot);
   c.waiting.store(1, std::memory_order_seq_cst);
-  if (c.word.load(std::memory_order_seq_cst) == word && !dead()) futex_wait_until(c.word, word, until_ns);
+  if (c.word.load(std::memory_order_seq_cst) == word && !dead()) futex_wait_until(c.word, word, until_ns, waiters_);
   c.waiting.store(0, std::memory_order_relaxed);
 }
 
 void ClientLane::mark_done(uint32_t slot, uint32_t done) {
   SlotControl& c = control(slot);
   c.word.store(kSlotDone | done, std::memory_order_seq_cst);
-  if (c.waiting.load(std::memory_order_seq_cst) != 0) futex_wake(c.word, 1);
+  if (c.waiting.load(std::memory_order_seq_cst) != 0) futex_wake(c.word, 1, waiters_);
 }
 
 void ClientLane::kill() {
@@ -141,7 +141,7 @@ void ClientLane::kill() {
   for (uint32_t slot = 0; slot < limits_.slots; ++slot) {
     SlotControl& c = control(slot);
     c.word.fetch_or(kSlotDead, std::memory_order_seq_cst);
-    futex_wake(c.word, 1);
+    futex_wake(c.word, 1, waiters_);
   }
   released_.fetch_add(1, std::memory_order_seq_cst);
   futex_wake(released_, INT32_MAX);

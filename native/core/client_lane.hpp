@@ -89,6 +89,7 @@ class ClientLane {
 
   LaneLimits limits_;
   bool same_clock_ = true;
+  Waiters waiters_ = Waiters::here;  // of the slots' words
   std::atomic<bool> dead_{false};
   std::atomic<uint64_t> free_;
   std::atomic<uint64_t> abandoned_{0};

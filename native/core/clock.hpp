@@ -35,16 +35,18 @@ inline void pause_or_yield(int& waited) {
   }
 }
 
-// Wait until `word` differs from `expected`, is woken, or the absolute monotonic time has come. The word may lie in
-// memory shared with another process.
-inline void futex_wait_until(const std::atomic<uint32_t>& word, uint32_t expected, uint64_t deadline_ns) {
+// Who waits on a futex: threads of this process, whom the kernel finds by the address alone, or those of others too.
+enum class Waiters : int { here = FUTEX_PRIVATE_FLAG, anywhere = 0 };
+
+// Wait until `word` differs from `expected`, is woken, or the absolute monotonic time has come.
+inline void futex_wait_until(const std::atomic<uint32_t>& word, uint32_t expected, uint64_t deadline_ns, Waiters waiters = Waiters::here) {
   timespec t{time_t(deadline_ns / 1'000'000'000ull), long(deadline_ns % 1'000'000'000ull)};
-  syscall(SYS_futex, reinterpret_cast<const uint32_t*>(&word), FUTEX_WAIT_BITSET, expected, &t, nullptr,
+  syscall(SYS_futex, reinterpret_cast<const uint32_t*>(&word), FUTEX_WAIT_BITSET | int(waiters), expected, &t, nullptr,
           FUTEX_BITSET_MATCH_ANY);
 }
 
-inline void futex_wake(const std::atomic<uint32_t>& word, int count) {
-  syscall(SYS_futex, reinterpret_cast<const uint32_t*>(&word), FUTEX_WAKE, count, nullptr, nullptr, 0);
+inline void futex_wake(const std::atomic<uint32_t>& word, int count, Waiters waiters = Waiters::here) {
+  syscall(SYS_futex, reinterpret_cast<const uint32_t*>(&word), FUTEX_WAKE | int(waiters), count, nullptr, nullptr, 0);
 }
 
 }  // namespace sidepool

@@ -24,9 +24,9 @@ Status RdmaClientLane::send(uint32_t slot, size_t bytes, uint64_t) {
 void RdmaClientLane::released(uint32_t slot) {
   const uint64_t bytes = std::exchange(response_bytes_[slot], 0);
   if (bytes == 0) return;
-  const uint64_t consumed = consumed_.fetch_add(bytes, std::memory_order_seq_cst) + bytes;
-  // A sleeping engine need not hear of every slot, only of enough to be worth a grant.
-  if (consumed - granted_for_.load(std::memory_order_relaxed) >= window_.window() / 4) engine_.ring_if_asleep();
+  consumed_.fetch_add(bytes, std::memory_order_seq_cst);
+  // A sleeping engine need not hear of every slot.
+  if (owes_grant()) engine_.ring_if_asleep();
 }
 
 void RdmaClientLane::adopted() {

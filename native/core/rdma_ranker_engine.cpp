@@ -57,7 +57,7 @@ void RankerEngine::run() {
     domain_->flush();
     drop_dead();
     if (worked) {
-      idle_since = now;
+      idle_since = now_ns();
     } else if (now - idle_since >= spin_ns_) {
       sleep();
       idle_since = now_ns();

@@ -24,7 +24,7 @@ class RdmaClientLane final : public ClientLane, public RdmaPeer {
   // The engine thread's.
   void adopted();
   bool work();
-  bool has_work() const { return posted_.load(std::memory_order_seq_cst) != 0; }
+  bool has_work() const { return posted_.load(std::memory_order_seq_cst) != 0 || owes_grant(); }
   void end();
   void on_receive(RdmaQueue& queue, RdmaImmediate immediate, uint32_t bytes) override;
   void on_failure(RdmaQueue& queue, const char* why) override;
@@ -37,6 +37,11 @@ class RdmaClientLane final : public ClientLane, public RdmaPeer {
   void released(uint32_t slot) override;
 
  private:
+  // Enough has been consumed to be worth a grant.
+  bool owes_grant() const {
+    const uint64_t seen = granted_for_.load(std::memory_order_acquire);  // first: consumed_ is never behind it
+    return consumed_.load(std::memory_order_seq_cst) - seen >= window_.window() / 4;
+  }
   bool send_posted();
   void take_piece(RdmaImmediate immediate, uint32_t bytes);
   void take_last(RdmaImmediate immediate, uint32_t bytes);
@@ -68,8 +73,8 @@ class RankerEngine {
   // Thread-safe.
   void adopt(std::shared_ptr<RdmaClientLane> lane);
   void ring_if_asleep() {
-    // Pairs with sleep(): either the engine sees what the caller stored before, or the caller sees it asleep.
-    if (sleeping_.load(std::memory_order_seq_cst) != 0) eventfd_ring();
+    // Pairs with sleep(): either the engine sees what the caller stored before, or the caller sees it asleep. One of many rings.
+    if (sleeping_.load(std::memory_order_seq_cst) != 0 && sleeping_.exchange(0, std::memory_order_seq_cst) != 0) eventfd_ring();
   }
   void stop();
   int64_t load() const { return load_.load(std::memory_order_relaxed); }

@@ -15,6 +15,7 @@ class ShmClientLane final : public ClientLane {
     header_ = reinterpret_cast<ShmHeader*>(memory_.data());
     engine_ = reinterpret_cast<const EnginePage*>(page_.data());
     same_clock_ = same_clock;
+    waiters_ = Waiters::anywhere;
   }
 
   const char* kind() const override { return "shm"; }

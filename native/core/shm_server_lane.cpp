@@ -81,7 +81,7 @@ class ShmServerLane final : public ServerLane {
     counters_.sent.add();
     counters_.response_bytes.add(int64_t(header.frame_bytes));
     control.word.store(kSlotDone | done_, std::memory_order_seq_cst);
-    if (control.waiting.load(std::memory_order_seq_cst) != 0) futex_wake(control.word, 1);
+    if (control.waiting.load(std::memory_order_seq_cst) != 0) futex_wake(control.word, 1, Waiters::anywhere);
     return true;
   }
 
