@@ -208,7 +208,16 @@ def _spec(name: str, captured: Captured, cut: Cut, names: Sequence[str], pooled_
     sequences = tuple(f for f, x in zip(names, cut.lookups, strict=True) if x.pooling is Pooling.NONE)
     inputs_of_dense = tuple(str(n.target) for n in cut.dense_inputs)
     dense = DenseProgram(file=DENSE_FILE, sequences=sequences, inputs=inputs_of_dense, pooled_dtype=pooled_dtype)
-    return ModelSpec(name=name, inputs=inputs, features=tuple(features), index=index, dense=dense, outputs=captured.output_specs())
+    return ModelSpec(
+        name=name,
+        inputs=inputs,
+        features=tuple(features),
+        index=index,
+        dense=dense,
+        outputs=captured.output_specs(),
+        parameters=captured.call.parameters,
+        returns=captured.call.returns,
+    )
 
 
 def _ids_per_bag(captured: Captured, lookup: Lookup) -> float:

@@ -19,6 +19,7 @@ PLAN_FILE = "plan.yaml"
 MODEL_FILE = "model.yaml"
 
 TensorName = Annotated[str, Field(min_length=1, max_length=256)]
+Returns = Literal["tensor", "tuple", "dict"]
 OutputDtype = Literal["fp32", "fp16", "bf16"]
 """What the results of a lookup are. Rows are added in fp32 and rounded once, to nearest even; fp16 ends at 65,504."""
 
@@ -29,6 +30,8 @@ class TensorSpec(Frozen):
     name: TensorName
     dtype: Literal["float32", "float16", "float64", "int64", "int32", "bool"]
     shape: tuple[int, ...]
+    argument: str | None = None
+    """Of an input: where it lies in a call of the model (`batch['ids'][0]`); None: it is the argument of its own name."""
 
 
 class FixedSource(Frozen):
@@ -97,6 +100,10 @@ class ModelSpec(Frozen):
     index: IndexProgram | None = None
     dense: DenseProgram
     outputs: Annotated[tuple[TensorSpec, ...], Field(min_length=1)]
+    parameters: tuple[str, ...] = ()
+    """Of the original model's `forward`, in order (`*name`, `**name`); without any, the inputs are the parameters."""
+    returns: Returns = "tensor"
+    """What the original model returns its outputs in; several are a tuple unless they are a dict."""
 
     @property
     def jagged(self) -> bool:

@@ -113,7 +113,7 @@ def test_lookups_that_the_dense_program_needs_stay_in_it_and_the_report_says_why
     assert all(line in report.text for line in report.kept)
     with Pipeline.open(tmp_path / "out") as pipeline, torch.no_grad():
         found: Any = pipeline(torch.arange(9))
-        for ours, theirs in zip(found, model(torch.arange(9)).values(), strict=True):
+        for ours, theirs in zip(found.values(), model(torch.arange(9)).values(), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
