@@ -99,6 +99,9 @@ class _Artifact:
             raise PlanError(f"{directory}: holds no {PLAN_FILE}; allowed: a directory that `sidepool partition` wrote")
         self.plan: Plan = load_plan(directory / PLAN_FILE)
         self.version = directory / "model_repository" / self.plan.model / "1"
+        found, allowed = load_plan(self.version / PLAN_FILE).fingerprint, self.plan.fingerprint
+        if found != allowed:
+            raise PlanError(f"{self.version / PLAN_FILE}: found another plan ({found}); allowed: a copy of {directory / PLAN_FILE}")
         self.model: ModelSpec = load_model(self.version / MODEL_FILE, self.plan)
         self.dtype = next(torch_dtype for torch_dtype, name in ROW_DTYPES.items() if name == self.model.dense.pooled_dtype)
         self.unit = torch.finfo(self.dtype).eps

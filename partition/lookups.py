@@ -111,10 +111,12 @@ def find_lookups(captured: Captured) -> Recognised:
     tables = _table_names(captured, operators)
     staying = {n: "no parameter is looked up by the model's inputs there" for n in operators if n.args[0] not in tables}
     staying |= {n: "its ids are the same in every call" for n in operators if n not in staying and _constant_ids(captured, n)}
+    indexed = _indexed(captured)
+    staying |= indexed
     tied = _tied(captured, [n for n in operators if n not in staying], frozenset(operators))
     leaving = [n for n in operators if n not in staying and n not in tied]
     if not leaving:
-        reasons = [f"\n{_where(n)}: {why}" for n, why in tied.items()]
+        reasons = [f"\n{_where(n)}: {why}" for n, why in (tied | indexed).items()]
         raise CutError(
             f"model: found {len(operators)} embedding operators, none of them over a parameter with ids from the model's inputs; "
             f"allowed: at least one nn.Embedding or nn.EmbeddingBag that is looked up by an input{''.join(reasons[:3])}"
@@ -125,7 +127,19 @@ def find_lookups(captured: Captured) -> Recognised:
     _check_dtypes(captured, found)
     stay = staying | tied
     # The first line says why; what to do about it is for a model that cannot be cut at all.
-    return Recognised(tuple(found), tuple(f"{_where(n)}: {stay[n].splitlines()[0]}" for n in operators if n in stay))
+    return Recognised(tuple(found), tuple(f"{_where(n)}: {stay[n].splitlines()[0]}" for n in captured.graph.nodes if n in stay))
+
+
+def _indexed(captured: Captured) -> dict[fx.Node, str]:
+    """Operators that take rows of a parameter by index, and that this is why they stay: negative ids count from the end there."""
+    found = {}
+    for node in captured.graph.nodes:
+        if packet(node) in {aten.index, aten.index_select} and node.args[0] in captured.parameters:
+            by_row = node.args[1] == 0 if packet(node) is aten.index_select else node.args[1][0] is not None
+            if by_row and node.args[0].meta["val"].dim() == 2 and not constant_in((node,), captured):
+                name = captured.states[node.args[0]][0]
+                found[node] = f"it takes rows of {name} by index; allowed: torch.nn.functional.embedding(ids, {name})"
+    return found
 
 
 def _tied(captured: Captured, lookups: Sequence[fx.Node], operators: frozenset[fx.Node]) -> dict[fx.Node, str]:

@@ -65,6 +65,11 @@ def record_other(kind: str) -> Callable[[Path], None]:
     return change
 
 
+def serve_another_plan(out: Path) -> None:
+    served = out / "model_repository/m/1/plan.yaml"
+    served.write_text(served.read_text().replace("epoch: 1", "epoch: 2"))
+
+
 def record_nothing(out: Path) -> None:
     save_file({}, out / "check.safetensors")
 
@@ -78,6 +83,7 @@ def record_nothing(out: Path) -> None:
         (record_nothing, "found nothing recorded"),
         (lambda out: (out / "check.safetensors").unlink(), "check.safetensors: cannot be read"),
         (lambda out: (out / "model_repository/m/1/dense.pt2").write_bytes(b"no"), "dense.pt2: cannot be loaded"),
+        (serve_another_plan, "1/plan.yaml: found another plan"),
         (lambda out: (out / "plan.yaml").unlink(), "holds no plan.yaml; allowed: a directory that `sidepool partition` wrote"),
     ],
 )

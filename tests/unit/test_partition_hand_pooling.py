@@ -53,6 +53,7 @@ def kept(lengths: Tensor) -> Tensor:
 PROVABLE: dict[str, tuple[Body, str, int | None]] = {
     "ids that are not 0": (lambda rows, ids, n: (rows * (ids != 0).unsqueeze(-1)).sum(1), "sum", 0),
     "ids that are not 0, as numbers": (lambda rows, ids, n: ((ids > 0).float()[:, :, None] * rows).sum(dim=1), "sum", 0),
+    "ids as truth values": (lambda rows, ids, n: (rows * ids.bool().unsqueeze(2)).sum(1), "sum", ROWS),
     "ids left out": (lambda rows, ids, n: rows.masked_fill((ids == 3).unsqueeze(2), 0).sum(-2), "sum", 3),
     "ids left out, negated": (lambda rows, ids, n: (rows * (~(ids == 3)).unsqueeze(2)).sum(1), "sum", 3),
     "lengths": (lambda rows, ids, n: (rows * kept(n).unsqueeze(-1).float()).sum(1), "sum", ROWS),
