@@ -86,8 +86,8 @@ def capture(model: nn.Module, example_inputs: Any) -> Captured:
     least 2.
     Raises `CutError` where inputs or model cannot be captured.
     """
-    if not isinstance(model, nn.Module):
-        raise CutError(f"model: found {type(model).__name__}; allowed: a torch.nn.Module")
+    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
+        raise CutError(f"model: found {type(model).__name__}; allowed: a torch.nn.Module in Python")
     args, kwargs = _arguments(example_inputs)
     with plain_arguments(model, args, kwargs) as plain:
         tree = pytree.tree_structure((plain.args, plain.kwargs))
@@ -245,10 +245,13 @@ def _captured(
         if spec.kind is InputKind.PARAMETER:
             parameters.add(node)
     outputs = tuple(graph.output_node().args[0])
-    for name, node in zip(names, outputs, strict=True):
+    for name, node, value in zip(names, outputs, expected, strict=True):
         shape = node.meta["val"].shape
         if len(shape) == 0 or isinstance(shape[0], int):
             raise CutError(f"model: output {name}: found shape {list(shape)}; allowed: the batch as its first dimension")
+        if value.shape[0] != expected[0].shape[0]:
+            allowed = f"{expected[0].shape[0]}, as in {names[0]}"
+            raise CutError(f"model: output {name}: found {value.shape[0]} samples; allowed: {allowed}")
     named = {node: key for node, key in zip(inputs, keys, strict=True) if key is not None}
     return Captured(graph, tuple(inputs), examples, states, frozenset(parameters), outputs, names, expected, call, named, ask)
 

@@ -30,6 +30,7 @@ _FIXED_SIZE = ("ConstraintViolation", "specialized", "Specializ", "constant")
 REMEDIES = {
     "data": "values decide there what is computed; compute both ways and choose with torch.where, or choose before the model",
     "size": "a size is fixed there as a number; take it from a tensor's shape (x.shape[0])",
+    "loop": "the batch is fixed as a number somewhere, as by a loop over samples; compute all samples at once",
     "other": "express that line with torch's own operators on tensors, or move it out of the model",
 }
 
@@ -172,8 +173,9 @@ def explained(error: BaseException, fixed: torch.fx.Node | None = None) -> CutEr
         kind = "size"
     frames = list(_frames(error))
     where, operator = _model_line(frames), _operator(frames)
-    if kind == "size" and fixed is not None and where is None:
-        where, operator = source_line(fixed), str(fixed.target)
+    if kind == "size" and where is None:
+        where, operator = (None, None) if fixed is None else (source_line(fixed), str(fixed.target))
+        kind = "size" if where else "loop"
     at = f" at {where}" if where else ""
     at += f", operator {operator}" if operator else ""
     return CutError(

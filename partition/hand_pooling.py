@@ -55,7 +55,8 @@ def find_hand_pooling(captured: Captured, rows: fx.Node, table: Tensor) -> HandP
     plain = _reduction(user)
     if plain is not None:
         return HandPooling(*plain)
-    same = user.meta["val"].dtype is rows.meta["val"].dtype and user.meta["val"].dim() == 3
+    value = user.meta["val"]
+    same = isinstance(value, Tensor) and value.dtype is rows.meta["val"].dtype and value.dim() == 3
     selected = _selection(captured, user, rows, table) if same else None
     reducer = _only_user(user)
     reduced = _reduction(reducer) if selected is not None and reducer is not None else None

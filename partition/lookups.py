@@ -85,6 +85,12 @@ class Lookup:
         return int(self.weight.shape[1])
 
     @property
+    def flat(self) -> bool:
+        """Whether the rows of all samples are one matrix `[batch · ids, dim]` in the model."""
+        fixed = isinstance(self.source, Columns) and self.weights is None
+        return fixed and self.pooling is Pooling.NONE and self.output.meta["val"].dim() == 2
+
+    @property
     def parts(self) -> tuple[tuple[fx.Node, int], ...]:
         """Nodes that its columns replace, and how many each."""
         if self.program is None:
@@ -111,12 +117,13 @@ def find_lookups(captured: Captured) -> Recognised:
     tables = _table_names(captured, operators)
     staying = {n: "no parameter is looked up by the model's inputs there" for n in operators if n.args[0] not in tables}
     staying |= {n: "its ids are the same in every call" for n in operators if n not in staying and _constant_ids(captured, n)}
+    staying |= _strays(captured, [n for n in operators if n not in staying])
     indexed = _indexed(captured)
     staying |= indexed
     tied = _tied(captured, [n for n in operators if n not in staying], frozenset(operators))
     leaving = [n for n in operators if n not in staying and n not in tied]
     if not leaving:
-        reasons = [f"\n{_where(n)}: {why}" for n, why in (tied | indexed).items()]
+        reasons = [f"\n{_where(n)}: {why}" for n, why in (tied | staying).items()]
         raise CutError(
             f"model: found {len(operators)} embedding operators, none of them over a parameter with ids from the model's inputs; "
             f"allowed: at least one nn.Embedding or nn.EmbeddingBag that is looked up by an input{''.join(reasons[:3])}"
@@ -226,7 +233,7 @@ def _embedding(captured: Captured, node: fx.Node, tables: dict[fx.Node, str]) ->
     offsets = _one_key(captured, ids)
     if offsets is not None:
         return Lookup(node, node, tables[weight], table, Pooling.NONE, _jagged(captured, node, ids, offsets, None, True))
-    bag_ids = math.prod(int(n) for n in shape[1:])
+    bag_ids = math.prod(int(n) for n in shape[1:]) * _ids_per_sample(captured, ids)
     if bag_ids == 1:
         return Lookup(node, node, tables[weight], table, Pooling.SUM, find_columns(captured, ids, 1))
     found = find_hand_pooling(captured, node, table) if len(shape) == 2 else None
@@ -235,6 +242,25 @@ def _embedding(captured: Captured, node: fx.Node, tables: dict[fx.Node, str]) ->
     ids, padding = apply_mask(captured, ids, found, int(table.shape[0]))
     source = find_columns(captured, ids, bag_ids)
     return Lookup(node, found.output, tables[weight], table, found.pooling, source, padding_index=padding)
+
+
+def _strays(captured: Captured, operators: Sequence[fx.Node]) -> dict[fx.Node, str]:
+    """Embeddings whose ids are as many as something else than the samples, and that this is why they stay."""
+    samples = set().union(*(n.meta["val"].shape[0].node.expr.free_symbols for n in captured.outputs))
+    found = {}
+    for node in operators:
+        ids = node.args[1]
+        if packet(node) is aten.embedding and isinstance(ids, fx.Node) and _one_key(captured, ids) is None:
+            size = ids.meta["val"].shape[0] if ids.meta["val"].dim() else 1
+            if isinstance(size, torch.SymInt) and samples.isdisjoint(size.node.expr.free_symbols):
+                found[node] = f"it has {size} ids, not [batch, …]; allowed: nn.EmbeddingBag where their number varies"
+    return found
+
+
+def _ids_per_sample(captured: Captured, ids: fx.Node) -> int:
+    """How many elements of flat ids belong to a sample: 1, but for matrices that were laid out as one row."""
+    ratio = ids.meta["val"].shape[0].node.expr / captured.outputs[0].meta["val"].shape[0].node.expr
+    return int(ratio) if ratio.is_Integer and ids.meta["val"].dim() == 1 else 1
 
 
 def _one_key(captured: Captured, ids: fx.Node) -> fx.Node | None:

@@ -88,6 +88,18 @@ def test_ids_from_another_lookup_are_refused_with_their_source_line(tmp_path: Pa
     refused(tmp_path, model, IDS, r"(?s)depend on the lookup embedding \(File .*test_partition_errors.*remedy: ")
 
 
+@pytest.mark.parametrize(
+    ("body", "match"),
+    [
+        (lambda self, x, ids: torch.zeros_like(x).index_add(0, ids % 2, self.table(ids).sum(1).long()), "it has s.* ids, not "),
+        (lambda self, x, ids: self.table.weight[ids].sum(1), "takes rows of table.weight by index; allowed: torch.nn.functional"),
+        (lambda self, x, ids: (self.table(x), self.table(ids)), "output output_1: found 5 samples; allowed: 3, as in output_0"),
+    ],
+)
+def test_ids_that_are_no_bags_of_samples_are_refused(tmp_path: Path, body: Any, match: str) -> None:
+    refused(tmp_path, Small(body), (IDS, VALUES), match)
+
+
 def test_ids_from_a_dense_layer_are_refused(tmp_path: Path) -> None:
     model = Small(lambda self, x: self.top(self.table((self.top(x).squeeze(1) > 0).long())))
     refused(tmp_path, model, torch.randn(3, 4), r"depend on the parameter top\.(weight|bias)")
