@@ -61,8 +61,11 @@ def check_placing(
 
 
 def output_path(found: str | os.PathLike[str]) -> Path:
-    """Where to write; raises `CutError`."""
+    """Where to write, behind links; raises `CutError`."""
     try:
-        return Path(found)
+        path = Path(found)
     except TypeError:
         raise CutError(f"out_dir: found {found!r}; allowed: a path") from None
+    if not path.name:  # the working directory would vanish from under the caller when another takes its place
+        raise CutError(f"out_dir: found {str(found)!r}; allowed: the path of a directory with a name")
+    return path.resolve() if path.is_symlink() else path

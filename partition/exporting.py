@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import io
 import linecache
+import logging
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
@@ -37,7 +38,18 @@ REMEDIES = {
 
 @contextmanager
 def quiet_torch() -> Iterator[None]:
-    """Hide deprecations that torch.export and fx raise against torch itself."""
+    """Hide deprecations that torch.export and fx raise against torch itself, and what they log of errors that they raise too."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with _quiet_warnings():
+            yield
+    finally:
+        logging.disable(before)
+
+
+@contextmanager
+def _quiet_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.filterwarnings("ignore", category=DeprecationWarning)

@@ -25,6 +25,7 @@ from sidepool.partition.sidecar_programs import decide_programs
 from sidepool.partition.trials import trials
 from sidepool.partition.triton_config import TritonOptions, check_triton
 from sidepool.partition.verify import verify_cut
+from sidepool.wire.checksum import crc32c
 from sidepool.wire.config import decode
 from sidepool.wire.errors import PlanError
 from sidepool.wire.model import DenseProgram, FeatureSource, FixedSource, IndexProgram, JaggedSource, ModelSpec, OutputDtype
@@ -97,10 +98,10 @@ def partition_model(
     stored_as = RowFormat(row_format or own_dtype)
     plan = _plan(name, cut, names, ids, sidecars, addresses, stored_as, epoch, OnMissingShard(on_missing_shard), placed.together)
     check_memory(plan, sidecar_bytes)
-    spec = _spec(name, captured, cut, names, own_dtype)
     saved = {DENSE_FILE: program_bytes(cut.dense)}
     if cut.index is not None:
         saved[INDEX_FILE] = program_bytes(cut.index)
+    spec = _spec(name, captured, cut, names, own_dtype, {file: crc32c(content) for file, content in saved.items()})
     chosen = CutReport(placed.decision, placed.lines)
     unread = [f"table {name}: nothing looks it up, it is left out" for name in captured.unread]
     kept = [*chosen.kept, *found.kept, *placed.refused, *unread]
@@ -174,7 +175,9 @@ def _weights(cut: Cut) -> dict[str, Tensor]:
     return weights
 
 
-def _spec(name: str, captured: Captured, cut: Cut, names: Sequence[str], pooled_dtype: OutputDtype) -> ModelSpec:
+def _spec(
+    name: str, captured: Captured, cut: Cut, names: Sequence[str], pooled_dtype: OutputDtype, checksums: Mapping[str, int]
+) -> ModelSpec:
     inputs = captured.input_specs()
     index_names = {root: f"ids.{root.name}" for root in cut.index_roots}
     features = []
@@ -198,10 +201,13 @@ def _spec(name: str, captured: Captured, cut: Cut, names: Sequence[str], pooled_
             file=INDEX_FILE,
             inputs=tuple(str(n.target) for n in cut.index_inputs),
             outputs=tuple(index_names[r] for r in cut.index_roots),
+            crc32c=checksums[INDEX_FILE],
         )
     sequences = tuple(f for f, x in zip(names, cut.lookups, strict=True) if x.pooling is Pooling.NONE)
     inputs_of_dense = tuple(str(n.target) for n in cut.dense_inputs)
-    dense = DenseProgram(file=DENSE_FILE, sequences=sequences, inputs=inputs_of_dense, pooled_dtype=pooled_dtype)
+    dense = DenseProgram(
+        file=DENSE_FILE, sequences=sequences, inputs=inputs_of_dense, pooled_dtype=pooled_dtype, crc32c=checksums[DENSE_FILE]
+    )
     return ModelSpec(
         name=name,
         inputs=inputs,

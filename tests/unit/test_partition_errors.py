@@ -291,8 +291,9 @@ def test_wrong_addresses_are_refused(tmp_path: Path, addresses: list[str], match
 def test_wrong_arguments_are_refused_before_anything_is_done(tmp_path: Path, options: dict[str, Any], match: str) -> None:
     with pytest.raises((CutError, PlanError), match=match):
         partition_model(print, IDS, tmp_path / "out", **dict[str, Any](name="m") | options)  # type: ignore[arg-type]
-    with pytest.raises(CutError, match="out_dir: found 3; allowed: a path"):
-        partition_model(print, IDS, 3, name="m")  # type: ignore[arg-type]
+    for out, said in ((3, "found 3; allowed: a path"), (".", "found '.'; allowed: the path of a directory with a name")):
+        with pytest.raises(CutError, match=f"out_dir: {said}"):
+            partition_model(print, IDS, out, name="m")  # type: ignore[arg-type]
 
 
 def test_an_output_directory_that_holds_something_is_left_alone(tmp_path: Path) -> None:
@@ -308,7 +309,8 @@ def test_an_output_directory_that_holds_something_is_left_alone(tmp_path: Path) 
 def test_an_empty_output_directory_is_used(tmp_path: Path) -> None:
     partition_model(Small(), IDS, tmp_path / "new" / "deep", name="m", sidecars=1)
     (tmp_path / "empty").mkdir()
-    partition_model(Small(), IDS, tmp_path / "empty", name="m", sidecars=1)
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    partition_model(Small(), IDS, tmp_path / "link", name="m", sidecars=1)
     assert (tmp_path / "empty" / "plan.yaml").is_file()
     assert not list(tmp_path.rglob("*.partial"))
 
