@@ -55,8 +55,8 @@ def check_placing(
     if row_format is not None:
         check_choice("row_format", row_format, RowFormat)
     check_choice("on_missing_shard", on_missing_shard, OnMissingShard)
-    listed = isinstance(addresses, Sequence) and not isinstance(addresses, str)
-    if addresses is not None and not (listed and all(isinstance(a, str) for a in addresses)):  # type: ignore[union-attr]
+    listed = isinstance(addresses, Sequence) and not isinstance(addresses, str) and all(isinstance(a, str) for a in addresses)
+    if addresses is not None and not listed:
         raise PlanError(f"addresses: found {addresses!r}; allowed: a list of HOST:PORT, one per sidecar")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from sidepool.wire.errors import LookupRejected
 
-_STARS = {Parameter.VAR_POSITIONAL: "*", Parameter.VAR_KEYWORD: "**"}
+_STARS: dict[Any, str] = {Parameter.VAR_POSITIONAL: "*", Parameter.VAR_KEYWORD: "**"}
 
 
 def parameter_names(forward: Callable[..., Any]) -> tuple[str, ...]:

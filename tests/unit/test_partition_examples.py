@@ -138,7 +138,7 @@ def test_rows_of_a_history_may_go_anywhere(tmp_path: Path, name: str) -> None:
         return (torch.stack([torch.randperm(ROWS - 1)[:6] for _ in range(n)]),)
 
     report = check(Sequence(SEQUENCES[name]), make, tmp_path / "out")
-    assert not report.kept
+    assert "table" in {table.name for table in report.plan.tables}
 
 
 class Wide(nn.Module):
