@@ -245,15 +245,22 @@ def _embedding(captured: Captured, node: fx.Node, tables: dict[fx.Node, str]) ->
 
 
 def _strays(captured: Captured, operators: Sequence[fx.Node]) -> dict[fx.Node, str]:
-    """Embeddings whose ids are as many as something else than the samples, and that this is why they stay."""
+    """Lookups with as many ids, or bags, as something else than the samples, and that this is why they stay."""
     samples = set().union(*(n.meta["val"].shape[0].node.expr.free_symbols for n in captured.outputs))
     found = {}
     for node in operators:
-        ids = node.args[1]
-        if packet(node) is aten.embedding and isinstance(ids, fx.Node) and _one_key(captured, ids) is None:
-            size = ids.meta["val"].shape[0] if ids.meta["val"].dim() else 1
-            if isinstance(size, torch.SymInt) and samples.isdisjoint(size.node.expr.free_symbols):
+        given = _BAG_DEFAULTS | _bag_arguments(node)
+        counted = given["indices"] if packet(node) is aten.embedding else given["offsets"]
+        if not isinstance(counted, fx.Node) or counted.meta["val"].dim() == 0:
+            continue
+        size = counted.meta["val"].shape[0]
+        if not isinstance(size, torch.SymInt):
+            continue
+        if packet(node) is aten.embedding:
+            if samples.isdisjoint(size.node.expr.free_symbols) and _one_key(captured, counted) is None:
                 found[node] = f"it has {size} ids, not [batch, …]; allowed: nn.EmbeddingBag where their number varies"
+        elif size.node.has_hint() and size.node.hint - bool(given["include_last_offset"]) != captured.expected[0].shape[0]:
+            found[node] = f"it has {size} offsets, not a bag per sample; allowed: a lookup for each feature"
     return found
 
 

@@ -100,6 +100,11 @@ def test_ids_that_are_no_bags_of_samples_are_refused(tmp_path: Path, body: Any, 
     refused(tmp_path, Small(body), (IDS, VALUES), match)
 
 
+def test_bags_of_several_features_in_one_are_refused(tmp_path: Path) -> None:
+    model = Small(lambda self, v, o: self.table(v, o).view(-1, 8), nn.EmbeddingBag(10, 4))
+    refused(tmp_path, model, (VALUES, torch.tensor([0, 1, 3, 4])), "it has s.* offsets, not a bag per sample")
+
+
 def test_ids_from_a_dense_layer_are_refused(tmp_path: Path) -> None:
     model = Small(lambda self, x: self.top(self.table((self.top(x).squeeze(1) > 0).long())))
     refused(tmp_path, model, torch.randn(3, 4), r"depend on the parameter top\.(weight|bias)")
