@@ -266,8 +266,11 @@ def _strays(captured: Captured, operators: Sequence[fx.Node]) -> dict[fx.Node, s
 
 def _ids_per_sample(captured: Captured, ids: fx.Node) -> int:
     """How many elements of flat ids belong to a sample: 1, but for matrices that were laid out as one row."""
-    ratio = ids.meta["val"].shape[0].node.expr / captured.outputs[0].meta["val"].shape[0].node.expr
-    return int(ratio) if ratio.is_Integer and ids.meta["val"].dim() == 1 else 1
+    size, samples = (n.meta["val"].shape[0].node.expr for n in (ids, captured.outputs[0]))
+    if size == samples or ids.meta["val"].dim() != 1:
+        return 1
+    ratio = size / samples
+    return int(ratio) if ratio.is_Integer else 1
 
 
 def _one_key(captured: Captured, ids: fx.Node) -> fx.Node | None:
