@@ -36,8 +36,12 @@ MAX_PRIORITY = (1 << 31) - 1
 
 def deadline_ns(deadline_ms: float) -> int:
     """The budget in whole nanoseconds; `DeadlineExceeded` for one that is already spent."""
-    if not math.isfinite(deadline_ms) or deadline_ms > MAX_DEADLINE_MS:
-        raise LookupRejected(f"deadline_ms: found {deadline_ms}; allowed: above 0, at most {MAX_DEADLINE_MS:.0f}")
+    try:
+        finite = math.isfinite(deadline_ms)
+    except TypeError:  # no number at all
+        finite = False
+    if not finite or deadline_ms > MAX_DEADLINE_MS:
+        raise LookupRejected(f"deadline_ms: found {deadline_ms!r}; allowed: above 0, at most {MAX_DEADLINE_MS:.0f}")
     budget = int(deadline_ms * 1e6)
     if budget <= 0:
         raise DeadlineExceeded(f"deadline_ms: found {deadline_ms}; the budget was spent before the lookup began")

@@ -65,14 +65,14 @@ class DenseGraph:
         self._inputs = model.dense.inputs
         sources = {f.feature: f.source for f in model.features}
         self._bag_ids = [_bag_ids(sources[name]) for name in model.dense.sequences]
-        file = directory / model.dense.file
+        file, crc32c = directory / model.dense.file, model.dense.crc32c
         self._run: Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
         if self.device.type == "cuda":
             # Numbers of ids hardly ever come back.
             largest = 0 if None in self._bag_ids else max_captured_batch
-            self._run = _CudaRunner(load_program(file, self.device), self.device, largest)
+            self._run = _CudaRunner(load_program(file, self.device, crc32c=crc32c), self.device, largest)
         else:
-            self._run = _CpuRunner(file, only_batch_varies=None not in self._bag_ids and not _reads_bags(model))
+            self._run = _CpuRunner(file, crc32c, only_batch_varies=None not in self._bag_ids and not _reads_bags(model))
 
     def host_buffer(self, rows: int, columns: int) -> Tensor:
         """A `[rows, columns]` host tensor of what the program takes, for the lookup to write into; pinned where a GPU follows."""
@@ -126,9 +126,9 @@ def _reads_bags(model: ModelSpec) -> bool:
 class _CpuRunner:
     """Calls the program; where it has layers of oneDNN's, as one of few sizes of batch."""
 
-    def __init__(self, file: Path, *, only_batch_varies: bool) -> None:
+    def __init__(self, file: Path, crc32c: int | None, *, only_batch_varies: bool) -> None:
         packed: list[int] = []
-        self._program = load_program(file, rewrite=lambda graph: packed.append(pack_linear_layers(graph)))
+        self._program = load_program(file, crc32c=crc32c, rewrite=lambda graph: packed.append(pack_linear_layers(graph)))
         self._rounds_up = only_batch_varies and packed[0] > 0
 
     def __call__(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:

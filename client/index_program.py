@@ -33,7 +33,8 @@ class FeatureRouter:
             for feature, source, table in zip(plan.features, model.features, plan.feature_tables, strict=True)
             if table.program is not None and isinstance(source.source, FixedSource)
         ]
-        self._program = None if model.index is None else load_program(directory / model.index.file)
+        index = model.index
+        self._program = None if index is None else load_program(directory / index.file, crc32c=index.crc32c)
         self.fixed_columns: tuple[tuple[int, int], ...] | None = None
         self._id_inputs: tuple[str, ...] = ()
         if not model.jagged:
@@ -70,7 +71,7 @@ class FeatureRouter:
         try:
             with torch.inference_mode():
                 outputs = program(*given)
-        except (RuntimeError, IndexError) as e:
+        except (RuntimeError, TypeError, IndexError) as e:
             found = ", ".join(f"{name} {list(t.shape)}" for name, t in zip(index.inputs, given, strict=True))
             raise LookupRejected(f"inputs: found {found}; they do not fit the model's index arithmetic: {e}") from e
         return {**inputs, **{name: out.numpy() for name, out in zip(index.outputs, outputs, strict=True)}}

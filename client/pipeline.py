@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -10,6 +11,7 @@ from sidepool.client.dense import DenseGraph
 from sidepool.client.embedding import DEFAULT_DEADLINE_MS, EmbeddingClient
 from sidepool.client.index_program import FeatureRouter
 from sidepool.client.lanes import Lane
+from sidepool.wire.call import call_leaves, call_signature
 from sidepool.wire.errors import ConfigError, LookupRejected
 from sidepool.wire.keyed_jagged import is_keyed_jagged, plain_tensors
 from sidepool.wire.model import MODEL_FILE, PLAN_FILE, ModelSpec, TensorSpec, load_model
@@ -17,6 +19,8 @@ from sidepool.wire.plan import load_plan
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    Outputs = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
 
 
 class Pipeline:
@@ -47,24 +51,37 @@ class Pipeline:
         self._router = router
         self._client = client
         self._dense = dense
+        self._signature = call_signature(model.parameters or [t.name for t in model.inputs])
+        self._places = {t.argument or t.name: t for t in model.inputs}
 
-    def __call__(self, *inputs: Any, deadline_ms: float = DEFAULT_DEADLINE_MS, **named_inputs: Any) -> Tensor | tuple[Tensor, ...]:
-        """The model's outputs: a tensor, or a tuple of several. Inputs as the original model takes them, tensors nested in
-        lists, tuples, dicts or TorchRec's `KeyedJaggedTensor` included. Raises `LookupRejected` and whatever a lookup raises."""
+    def __call__(self, *inputs: Any, deadline_ms: float = DEFAULT_DEADLINE_MS, **named_inputs: Any) -> Outputs:
+        """The model's outputs, in a tensor, tuple or dict as the model returns them. Inputs as the original model takes them, by
+        place or by name, tensors nested in lists, tuples, dicts or TorchRec's `KeyedJaggedTensor` included.
+
+        Raises `LookupRejected` and whatever a lookup raises.
+        """
         from torch.utils import _pytree
 
         leaves, tree = _pytree.tree_flatten((inputs, named_inputs), is_leaf=is_keyed_jagged)
         plain = [plain_tensors(leaf) if is_keyed_jagged(leaf) else leaf for leaf in leaves]
-        leaves = _pytree.tree_leaves(_pytree.tree_unflatten(plain, tree))
-        if len(leaves) != len(self.model.inputs):
-            raise LookupRejected(f"inputs: found {len(leaves)} tensors; allowed: {', '.join(t.name for t in self.model.inputs)}")
-        tensors = {spec.name: _checked(leaf, spec) for leaf, spec in zip(leaves, self.model.inputs, strict=True)}
+        found = call_leaves(self._signature, *_pytree.tree_unflatten(plain, tree))
+        for place in (*found, *self._places):
+            if place not in found or place not in self._places:
+                what = place if place in found else f"no {place}"
+                raise LookupRejected(f"inputs: found {what}; allowed: {', '.join(self._places)}")
+        return self.run({spec.name: found[place] for place, spec in self._places.items()}, deadline_ms=deadline_ms)
+
+    def run(self, inputs: Mapping[str, Any], *, deadline_ms: float = DEFAULT_DEADLINE_MS) -> Outputs:
+        """As a call, with the inputs by their names in `self.model`."""
+        tensors = {spec.name: _checked(inputs[spec.name], spec) for spec in self.model.inputs}
         part = self._router.route({name: t.numpy() for name, t in tensors.items()})
         result = self._client.lookup_parts([part], output_dtype=self._dense.output_dtype, deadline_ms=deadline_ms)
         if result.errors[0] is not None:
             raise result.errors[0]
         outputs = self._dense.run(self._dense.as_tensor(result.out), result.sequences, tensors)
-        return outputs[0] if len(outputs) == 1 else outputs
+        if self.model.returns == "dict":
+            return dict(zip((t.name for t in self.model.outputs), outputs, strict=True))
+        return outputs[0] if self.model.returns == "tensor" and len(outputs) == 1 else outputs
 
     def close(self) -> None:
         """Close the lanes. Idempotent."""

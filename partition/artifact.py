@@ -33,7 +33,11 @@ from sidepool.wire.shards import ShardManifest, save_manifest
 
 def check_out_dir(out_dir: Path) -> None:
     """Refuse a place that holds something already; raises `CutError`."""
-    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
+    try:
+        taken = out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir()))
+    except (OSError, ValueError) as e:  # a name that no file can have, a directory that may not be read
+        raise CutError(f"out: {out_dir} cannot be written: {e}") from e
+    if taken:
         raise CutError(
             f"out: found {out_dir}, which is not empty; allowed: a directory that is empty or does not exist\nremedy: remove it"
         )

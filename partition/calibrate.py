@@ -16,7 +16,7 @@ SECONDS, LEAST_RUNS = 0.4, 5
 MATRIX = 1024  # 2 GFLOP per product: far above any launch
 STREAM_VALUES = 1 << 26  # 256 MB: more than the caches of most machines
 GATHER_ROWS, GATHER_DIM = 1 << 20, 64  # rows of 256 bytes out of the same 256 MB
-BAGS, BAG_IDS = 1 << 12, 32  # so that what is written is little beside what is read
+BAG_IDS = 32  # so that what is written is little beside what is read
 
 
 def calibrate() -> Profiles:
@@ -36,7 +36,8 @@ def _measure(device: str, what: str, like: Processor) -> Processor:
         square, product = torch.rand(2, MATRIX, MATRIX, device=device)
         stream = torch.ones(STREAM_VALUES, device=device)
         table = stream.view(GATHER_ROWS, GATHER_DIM)
-        ids = torch.randint(0, GATHER_ROWS, (BAGS, BAG_IDS), device=device)
+        # Every row once: rows that come back would be read from a cache.
+        ids = torch.randperm(GATHER_ROWS, device=device).view(-1, BAG_IDS)
         tiny = torch.rand(8, device=device)
         launch = _seconds(device, lambda: torch.relu(tiny), repeat=100)
         return Processor(

@@ -18,8 +18,9 @@ from torch.utils import _pytree as pytree
 from sidepool.partition.exporting import export_model, first_lines
 from sidepool.partition.keyed_jagged import PlainArguments, plain_arguments
 from sidepool.partition.normal_form import normalise
+from sidepool.wire.call import call_leaves, call_signature, parameter_names
 from sidepool.wire.errors import CutError
-from sidepool.wire.model import TensorSpec
+from sidepool.wire.model import Returns, TensorSpec
 
 # What NumPy, and with it the ranker, can hold.
 DTYPES: dict[torch.dtype, Any] = {
@@ -30,6 +31,17 @@ DTYPES: dict[torch.dtype, Any] = {
     torch.int32: "int32",
     torch.bool: "bool",
 }
+
+
+@dataclass(frozen=True)
+class Call:
+    """How a model is called."""
+
+    parameters: tuple[str, ...]
+    """As `parameter_names` gives them."""
+    places: tuple[str, ...]
+    """Where in the arguments each input lies, as `call_leaves` says it."""
+    returns: Returns
 
 
 @dataclass(frozen=True)
@@ -48,6 +60,7 @@ class Captured:
     output_names: tuple[str, ...]
     expected: tuple[Tensor, ...]
     """What the model itself gives for `examples`."""
+    call: Call
     keys: Mapping[fx.Node, tuple[str, str]]
     """Inputs that are part of a `KeyedJaggedTensor`: key, and which of `plain_tensors`; a key's are side by side, in its order."""
     ask: Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
@@ -56,8 +69,9 @@ class Captured:
     """Tables that nothing looks up: they are no part of what is served."""
 
     def input_specs(self) -> tuple[TensorSpec, ...]:
-        """Names, dtypes and shapes of the inputs; sizes that vary are -1."""
-        return tuple(_spec(str(node.target), node) for node in self.inputs)
+        """Names, dtypes and shapes of the inputs, and where they are given; sizes that vary are -1."""
+        specs = zip((_spec(str(node.target), node) for node in self.inputs), self.call.places, strict=True)
+        return tuple(spec.model_copy(update={"argument": None if place == spec.name else place}) for spec, place in specs)
 
     def output_specs(self) -> tuple[TensorSpec, ...]:
         """Names, dtypes and shapes of the outputs, batch first."""
@@ -72,8 +86,8 @@ def capture(model: nn.Module, example_inputs: Any) -> Captured:
     least 2.
     Raises `CutError` where inputs or model cannot be captured.
     """
-    if not isinstance(model, nn.Module):
-        raise CutError(f"model: found {type(model).__name__}; allowed: a torch.nn.Module")
+    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
+        raise CutError(f"model: found {type(model).__name__}; allowed: a torch.nn.Module in Python")
     args, kwargs = _arguments(example_inputs)
     with plain_arguments(model, args, kwargs) as plain:
         tree = pytree.tree_structure((plain.args, plain.kwargs))
@@ -95,9 +109,11 @@ def _capture(model: nn.Module, plain: PlainArguments, ask: Callable[[Sequence[Te
                 f"model: {name} lies on {tensor.device}; allowed: cpu\nremedy: partition model.cpu(), with example inputs there"
             )
     with _evaluating(model):
-        names, expected = _outputs(_run(model, args, kwargs))
+        result = _run(model, args, kwargs)
+        names, expected = _outputs(result)
         program = export_model(model, args, kwargs)
-    captured = _captured(program, examples, names, expected, keys, ask)
+    call = _call(model, args, kwargs, result)
+    captured = _captured(program, examples, call, names, expected, keys, ask)
     unread = tuple(_unread_tables(model, captured))
     left_out = [p.name for p in signature(model.forward).parameters.values() if p.default is not p.empty]
     left_out = [name for name in left_out if name not in signature(model.forward).bind(*args, **kwargs).arguments]
@@ -107,6 +123,14 @@ def _capture(model: nn.Module, plain: PlainArguments, ask: Callable[[Sequence[Te
             "up every table\nremedy: give what is left out, or take the table out of the model"
         )
     return replace(captured, unread=unread)
+
+
+def _call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Call:
+    parameters = parameter_names(model.forward)
+    leaves, tree = pytree.tree_flatten((args, kwargs))
+    numbers = call_leaves(call_signature(parameters), *pytree.tree_unflatten(range(len(leaves)), tree))
+    returns: Returns = "tensor" if isinstance(result, Tensor) else "dict" if isinstance(result, Mapping) else "tuple"
+    return Call(parameters, tuple(sorted(numbers, key=numbers.__getitem__)), returns)
 
 
 def _unread_tables(model: nn.Module, captured: Captured) -> Iterator[str]:
@@ -191,6 +215,7 @@ def _outputs(result: Any) -> tuple[tuple[str, ...], tuple[Tensor, ...]]:
 def _captured(
     program: ExportedProgram,
     examples: tuple[Tensor, ...],
+    call: Call,
     names: tuple[str, ...],
     expected: tuple[Tensor, ...],
     keys: Sequence[tuple[str, str] | None],
@@ -220,12 +245,15 @@ def _captured(
         if spec.kind is InputKind.PARAMETER:
             parameters.add(node)
     outputs = tuple(graph.output_node().args[0])
-    for name, node in zip(names, outputs, strict=True):
+    for name, node, value in zip(names, outputs, expected, strict=True):
         shape = node.meta["val"].shape
         if len(shape) == 0 or isinstance(shape[0], int):
             raise CutError(f"model: output {name}: found shape {list(shape)}; allowed: the batch as its first dimension")
+        if value.shape[0] != expected[0].shape[0]:
+            allowed = f"{expected[0].shape[0]}, as in {names[0]}"
+            raise CutError(f"model: output {name}: found {value.shape[0]} samples; allowed: {allowed}")
     named = {node: key for node, key in zip(inputs, keys, strict=True) if key is not None}
-    return Captured(graph, tuple(inputs), examples, states, frozenset(parameters), outputs, names, expected, named, ask)
+    return Captured(graph, tuple(inputs), examples, states, frozenset(parameters), outputs, names, expected, call, named, ask)
 
 
 def _spec(name: str, node: fx.Node) -> TensorSpec:

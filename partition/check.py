@@ -16,17 +16,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sidepool.partition.exporting import quiet_torch
+from sidepool.partition.exporting import first_lines, quiet_torch
 from sidepool.partition.lookups import ROW_DTYPES
 from sidepool.partition.program_reference import run_program
 from sidepool.partition.reference import pool_rows
 from sidepool.partition.rows import decode
 from sidepool.partition.verify import same_within_rounding
-from sidepool.wire.errors import CutError, PlanError
+from sidepool.wire.errors import CutError, PlanError, SidepoolError
 from sidepool.wire.model import MODEL_FILE, PLAN_FILE, FixedSource, JaggedSource, ModelSpec, load_model
 from sidepool.wire.plan import Feature, Plan, Pooling, RowFormat, load_plan
 from sidepool.wire.shard_reader import locate, shards_of, verify_checksum
 from sidepool.wire.shards import ShardFile
+from sidepool.wire.torch_program import load_exported
 
 CHECK_FILE = "check.safetensors"
 _STORED = {RowFormat.FP32: torch.float32, RowFormat.FP16: torch.float16, RowFormat.BF16: torch.bfloat16}
@@ -49,7 +50,7 @@ def write_check(directory: Path, trials: Sequence[Trial]) -> None:
 
 
 def check_artifact(directory: Path) -> str:
-    """Compare checksums of every shard and run every recorded input; returns a line that says what was checked.
+    """Compare checksums of shards and programs and run every recorded input; returns a line that says what was checked.
 
     Raises `ShardCorrupt`, `PlanError` or `CutError`, naming the file, the first feature or the output that differs.
     """
@@ -57,7 +58,12 @@ def check_artifact(directory: Path) -> str:
     artifact.verify_shards()
     recorded = list(_recorded(directory))
     for inputs, looked_up, outputs in recorded:
-        ours, results = artifact.run(inputs)
+        try:
+            ours, results = artifact.run(inputs)
+        except SidepoolError:
+            raise
+        except Exception as e:  # whatever torch raises for a program that is not the one that was written
+            raise CutError(f"{directory}: does not run on what was recorded: {type(e).__name__}: {first_lines(e)}") from e
         for name, expected in looked_up.items():
             _compare(directory, f"feature {name}: its lookup", ours.get(name), expected, artifact.unit)
         for name, expected in outputs.items():
@@ -99,6 +105,9 @@ class _Artifact:
             raise PlanError(f"{directory}: holds no {PLAN_FILE}; allowed: a directory that `sidepool partition` wrote")
         self.plan: Plan = load_plan(directory / PLAN_FILE)
         self.version = directory / "model_repository" / self.plan.model / "1"
+        found, allowed = load_plan(self.version / PLAN_FILE).fingerprint, self.plan.fingerprint
+        if found != allowed:
+            raise PlanError(f"{self.version / PLAN_FILE}: found another plan ({found}); allowed: a copy of {directory / PLAN_FILE}")
         self.model: ModelSpec = load_model(self.version / MODEL_FILE, self.plan)
         self.dtype = next(torch_dtype for torch_dtype, name in ROW_DTYPES.items() if name == self.model.dense.pooled_dtype)
         self.unit = torch.finfo(self.dtype).eps
@@ -117,16 +126,16 @@ class _Artifact:
         """Results of the lookups by feature, and the outputs."""
         given = dict(inputs)
         with torch.no_grad(), quiet_torch():
-            if self.model.index is not None:
-                found = self._program(self.version / self.model.index.file)(*(given[n] for n in self.model.index.inputs))
-                given |= dict(zip(self.model.index.outputs, found, strict=True))
+            if (index := self.model.index) is not None:
+                found = self._program(self.version / index.file, index.crc32c)(*(given[n] for n in index.inputs))
+                given |= dict(zip(index.outputs, found, strict=True))
             pairs = zip(self.plan.features, self.model.features, strict=True)
             looked_up = {f.name: self._look_up(f, s.source, given).to(self.dtype) for f, s in pairs}
             pooled = [looked_up[f.name] for f in self.plan.features if f.pooling is not Pooling.NONE]
             arguments = [torch.cat(pooled, dim=1) if pooled else torch.zeros(self._samples(given), 0, dtype=self.dtype)]
             arguments += [looked_up[name] for name in self.model.dense.sequences]
             arguments += [given[name] for name in self.model.dense.inputs]
-            outputs = self._program(self.version / self.model.dense.file)(*arguments)
+            outputs = self._program(self.version / self.model.dense.file, self.model.dense.crc32c)(*arguments)
         return looked_up, dict(zip((t.name for t in self.model.outputs), outputs, strict=True))
 
     def _look_up(self, feature: Feature, source: FixedSource | JaggedSource, given: Mapping[str, Tensor]) -> Tensor:
@@ -138,7 +147,7 @@ class _Artifact:
             if table.program is not None:
                 weights = self._rows(table.name, torch.arange(table.rows))
                 file = table.program.torch
-                exported = None if file is None else self._program(self.shards[table.name][1].parent / file.file)
+                exported = None if file is None else self._program(self.shards[table.name][1].parent / file.file, file.crc32c)
                 return run_program(table.program, ids, self._rows, weights, table.dim, exported)
             return pool_rows(read, ids, feature.pooling, padding_index=feature.padding_index)
         return pool_rows(
@@ -167,10 +176,7 @@ class _Artifact:
             stored = stored.view(_STORED[shard.row_format])
         return decode(stored, shard.row_format, shard.dim)
 
-    def _program(self, path: Path) -> Any:
+    def _program(self, path: Path, crc32c: int | None) -> Any:
         if path not in self._programs:
-            try:
-                self._programs[path] = torch.export.load(path).module(check_guards=False)
-            except Exception as e:  # torch raises whatever its parsers do
-                raise CutError(f"{path}: cannot be loaded: {type(e).__name__}: {str(e)[:300]}") from e
+            self._programs[path] = load_exported(path, crc32c).module(check_guards=False)
         return self._programs[path]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from sidepool.partition.triton_config import LANES
 from sidepool.wire.errors import CutError
 from sidepool.wire.plan import OnMissingShard, RowFormat
 
@@ -34,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--lane",
-        choices=("shm", "tcp", "grpc", "rdma", "local", "auto"),
+        choices=LANES,
         default="shm",
         help="how the ranker reaches the tables; local: it maps them itself, without sidecars (default: shm)",
     )

@@ -54,8 +54,8 @@ class CutOptions:
         """Raise `CutError` for what is not allowed."""
         if self.objective not in get_args(Objective):
             raise CutError(f"objective: found {self.objective!r}; allowed: {', '.join(get_args(Objective))}")
-        if self.gpu_table_bytes < 0:
-            raise CutError(f"gpu_table_bytes: found {self.gpu_table_bytes}; allowed: 0 or more")
+        if type(self.gpu_table_bytes) is not int or self.gpu_table_bytes < 0:
+            raise CutError(f"gpu_table_bytes: found {self.gpu_table_bytes!r}; allowed: 0 or more")
         find_link(self.link), find_processor("cpu", self.cpu), find_processor("gpu", self.gpu)
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import io
 import linecache
+import logging
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
@@ -30,13 +31,25 @@ _FIXED_SIZE = ("ConstraintViolation", "specialized", "Specializ", "constant")
 REMEDIES = {
     "data": "values decide there what is computed; compute both ways and choose with torch.where, or choose before the model",
     "size": "a size is fixed there as a number; take it from a tensor's shape (x.shape[0])",
+    "loop": "the batch is fixed as a number somewhere, as by a loop over samples; compute all samples at once",
     "other": "express that line with torch's own operators on tensors, or move it out of the model",
 }
 
 
 @contextmanager
 def quiet_torch() -> Iterator[None]:
-    """Hide deprecations that torch.export and fx raise against torch itself."""
+    """Hide deprecations that torch.export and fx raise against torch itself, and what they log of errors that they raise too."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with _quiet_warnings():
+            yield
+    finally:
+        logging.disable(before)
+
+
+@contextmanager
+def _quiet_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.filterwarnings("ignore", category=DeprecationWarning)
@@ -172,8 +185,9 @@ def explained(error: BaseException, fixed: torch.fx.Node | None = None) -> CutEr
         kind = "size"
     frames = list(_frames(error))
     where, operator = _model_line(frames), _operator(frames)
-    if kind == "size" and fixed is not None and where is None:
-        where, operator = source_line(fixed), str(fixed.target)
+    if kind == "size" and where is None:
+        where, operator = (None, None) if fixed is None else (source_line(fixed), str(fixed.target))
+        kind = "size" if where else "loop"
     at = f" at {where}" if where else ""
     at += f", operator {operator}" if operator else ""
     return CutError(

@@ -55,7 +55,8 @@ def find_hand_pooling(captured: Captured, rows: fx.Node, table: Tensor) -> HandP
     plain = _reduction(user)
     if plain is not None:
         return HandPooling(*plain)
-    same = user.meta["val"].dtype is rows.meta["val"].dtype and user.meta["val"].dim() == 3
+    value = user.meta["val"]
+    same = isinstance(value, Tensor) and value.dtype is rows.meta["val"].dtype and value.dim() == 3
     selected = _selection(captured, user, rows, table) if same else None
     reducer = _only_user(user)
     reduced = _reduction(reducer) if selected is not None and reducer is not None else None
@@ -167,12 +168,14 @@ def _mask(captured: Captured, spread: object, rows: fx.Node, *, flat: bool = Fal
     """The truth values that `spread` is, one per id of `rows` (`flat`: laid out `[batch, 1, ids]`); None for anything else."""
     root, keeps = spread, True
     while isinstance(root, fx.Node) and root.all_input_nodes:
-        if packet(root) in {aten.logical_not, aten.bitwise_not} and root.meta["val"].dtype is torch.bool:
+        if _is_truth(root) and not _is_truth(root.all_input_nodes[0]):
+            break
+        if packet(root) in {aten.logical_not, aten.bitwise_not} and _is_truth(root):
             keeps = not keeps
         elif not (packet(root) in MOVES | _SPREADS or is_piece(root)):
             break
         root = root.all_input_nodes[0]
-    if not isinstance(root, fx.Node) or not isinstance(spread, fx.Node) or root.meta["val"].dtype is not torch.bool:
+    if not isinstance(root, fx.Node) or not isinstance(spread, fx.Node) or not _is_truth(root):
         return None
     if any(n in captured.parameters or packet(n) in _LOOKUPS for n in value_ancestors(root)):
         return None
@@ -182,6 +185,12 @@ def _mask(captured: Captured, spread: object, rows: fx.Node, *, flat: bool = Fal
         return None
     alike = _spreads_evenly(captured, spread, root, ids, dim, keeps=keeps, flat=flat)
     return Mask(root, keeps) if alike else None
+
+
+def _is_truth(node: fx.Node) -> bool:
+    """Whether a node gives truth values: a tensor of them, or, before one is chosen, several."""
+    value = node.meta["val"]
+    return getattr(value[0] if isinstance(value, list | tuple) else value, "dtype", None) is torch.bool
 
 
 def _spreads_evenly(captured: Captured, spread: fx.Node, root: fx.Node, ids: int, dim: int, *, keeps: bool, flat: bool) -> bool:

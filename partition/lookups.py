@@ -85,6 +85,12 @@ class Lookup:
         return int(self.weight.shape[1])
 
     @property
+    def flat(self) -> bool:
+        """Whether the rows of all samples are one matrix `[batch · ids, dim]` in the model."""
+        fixed = isinstance(self.source, Columns) and self.weights is None
+        return fixed and self.pooling is Pooling.NONE and self.output.meta["val"].dim() == 2
+
+    @property
     def parts(self) -> tuple[tuple[fx.Node, int], ...]:
         """Nodes that its columns replace, and how many each."""
         if self.program is None:
@@ -111,10 +117,13 @@ def find_lookups(captured: Captured) -> Recognised:
     tables = _table_names(captured, operators)
     staying = {n: "no parameter is looked up by the model's inputs there" for n in operators if n.args[0] not in tables}
     staying |= {n: "its ids are the same in every call" for n in operators if n not in staying and _constant_ids(captured, n)}
+    staying |= _strays(captured, [n for n in operators if n not in staying])
+    indexed = _indexed(captured)
+    staying |= indexed
     tied = _tied(captured, [n for n in operators if n not in staying], frozenset(operators))
     leaving = [n for n in operators if n not in staying and n not in tied]
     if not leaving:
-        reasons = [f"\n{_where(n)}: {why}" for n, why in tied.items()]
+        reasons = [f"\n{_where(n)}: {why}" for n, why in (tied | staying).items()]
         raise CutError(
             f"model: found {len(operators)} embedding operators, none of them over a parameter with ids from the model's inputs; "
             f"allowed: at least one nn.Embedding or nn.EmbeddingBag that is looked up by an input{''.join(reasons[:3])}"
@@ -125,7 +134,19 @@ def find_lookups(captured: Captured) -> Recognised:
     _check_dtypes(captured, found)
     stay = staying | tied
     # The first line says why; what to do about it is for a model that cannot be cut at all.
-    return Recognised(tuple(found), tuple(f"{_where(n)}: {stay[n].splitlines()[0]}" for n in operators if n in stay))
+    return Recognised(tuple(found), tuple(f"{_where(n)}: {stay[n].splitlines()[0]}" for n in captured.graph.nodes if n in stay))
+
+
+def _indexed(captured: Captured) -> dict[fx.Node, str]:
+    """Operators that take rows of a parameter by index, and that this is why they stay: negative ids count from the end there."""
+    found = {}
+    for node in captured.graph.nodes:
+        if packet(node) in {aten.index, aten.index_select} and node.args[0] in captured.parameters:
+            by_row = node.args[1] == 0 if packet(node) is aten.index_select else node.args[1][0] is not None
+            if by_row and node.args[0].meta["val"].dim() == 2 and not constant_in((node,), captured):
+                name = captured.states[node.args[0]][0]
+                found[node] = f"it takes rows of {name} by index; allowed: torch.nn.functional.embedding(ids, {name})"
+    return found
 
 
 def _tied(captured: Captured, lookups: Sequence[fx.Node], operators: frozenset[fx.Node]) -> dict[fx.Node, str]:
@@ -212,7 +233,7 @@ def _embedding(captured: Captured, node: fx.Node, tables: dict[fx.Node, str]) ->
     offsets = _one_key(captured, ids)
     if offsets is not None:
         return Lookup(node, node, tables[weight], table, Pooling.NONE, _jagged(captured, node, ids, offsets, None, True))
-    bag_ids = math.prod(int(n) for n in shape[1:])
+    bag_ids = math.prod(int(n) for n in shape[1:]) * _ids_per_sample(captured, ids)
     if bag_ids == 1:
         return Lookup(node, node, tables[weight], table, Pooling.SUM, find_columns(captured, ids, 1))
     found = find_hand_pooling(captured, node, table) if len(shape) == 2 else None
@@ -221,6 +242,35 @@ def _embedding(captured: Captured, node: fx.Node, tables: dict[fx.Node, str]) ->
     ids, padding = apply_mask(captured, ids, found, int(table.shape[0]))
     source = find_columns(captured, ids, bag_ids)
     return Lookup(node, found.output, tables[weight], table, found.pooling, source, padding_index=padding)
+
+
+def _strays(captured: Captured, operators: Sequence[fx.Node]) -> dict[fx.Node, str]:
+    """Lookups with as many ids, or bags, as something else than the samples, and that this is why they stay."""
+    samples = set().union(*(n.meta["val"].shape[0].node.expr.free_symbols for n in captured.outputs))
+    found = {}
+    for node in operators:
+        given = _BAG_DEFAULTS | _bag_arguments(node)
+        counted = given["indices"] if packet(node) is aten.embedding else given["offsets"]
+        if not isinstance(counted, fx.Node) or counted.meta["val"].dim() == 0:
+            continue
+        size = counted.meta["val"].shape[0]
+        if not isinstance(size, torch.SymInt):
+            continue
+        if packet(node) is aten.embedding:
+            if samples.isdisjoint(size.node.expr.free_symbols) and _one_key(captured, counted) is None:
+                found[node] = f"it has {size} ids, not [batch, …]; allowed: nn.EmbeddingBag where their number varies"
+        elif size.node.has_hint() and size.node.hint - bool(given["include_last_offset"]) != captured.expected[0].shape[0]:
+            found[node] = f"it has {size} offsets, not a bag per sample; allowed: a lookup for each feature"
+    return found
+
+
+def _ids_per_sample(captured: Captured, ids: fx.Node) -> int:
+    """How many elements of flat ids belong to a sample: 1, but for matrices that were laid out as one row."""
+    size, samples = (n.meta["val"].shape[0].node.expr for n in (ids, captured.outputs[0]))
+    if size == samples or ids.meta["val"].dim() != 1:
+        return 1
+    ratio = size / samples
+    return int(ratio) if ratio.is_Integer else 1
 
 
 def _one_key(captured: Captured, ids: fx.Node) -> fx.Node | None:

@@ -207,6 +207,8 @@ class Values:
 
     def several(self, node: fx.Node) -> Sequence[View]:
         """Results of an operator with several."""
+        if node not in self._known:
+            raise Unsupported(f"{node.name}, which stays on the ranker")
         value = self._known[node]
         return value if isinstance(value, tuple) else (value,)
 

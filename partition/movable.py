@@ -72,7 +72,7 @@ def movable_operators(captured: Captured, lookups: Sequence[Lookup], *, torch: b
 
 def _readable(lookup: Lookup) -> bool:
     """Whether a program can look it up: a fixed number of ids, rows that are not weighted behind it, results in fp32."""
-    return isinstance(lookup.source, Columns) and lookup.weights is None and lookup.weight.dtype is float32
+    return isinstance(lookup.source, Columns) and lookup.weights is None and lookup.weight.dtype is float32 and not lookup.flat
 
 
 def is_sendable(node: fx.Node) -> bool:
@@ -117,8 +117,9 @@ def _lengths(node: fx.Node, result: Tensor, read: set[int]) -> set[int]:
     """Which sizes of a result are as long as sequences: those that `read` has, or what a part has in their place."""
     before = node.all_input_nodes[0].meta.get("val")
     if is_moved(node) and isinstance(before, Tensor) and before.dim() == result.dim():
-        return {int(n) for n, whole in zip(result.shape[1:], before.shape[1:], strict=True) if whole in read or n in read} - {1}
-    return {n for n in read if n in result.shape[1:]}
+        pairs = [pair for pair in zip(result.shape[1:], before.shape[1:], strict=True) if all(isinstance(n, int) for n in pair)]
+        return {int(n) for n, whole in pairs if whole in read or n in read} - {1}
+    return read.intersection(n for n in result.shape[1:] if isinstance(n, int))
 
 
 def _tensors(node: fx.Node) -> list[Tensor]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from sidepool.partition.arguments import check_flags, check_name, check_placing, output_path
 from sidepool.partition.artifact import check_out_dir, write_artifact
 from sidepool.partition.capture import Captured, capture
 from sidepool.partition.check import Trial
@@ -24,8 +23,9 @@ from sidepool.partition.programs import Cut, cut_programs, program_bytes
 from sidepool.partition.report import PartitionReport
 from sidepool.partition.sidecar_programs import decide_programs
 from sidepool.partition.trials import trials
-from sidepool.partition.triton_config import TritonOptions
+from sidepool.partition.triton_config import TritonOptions, check_triton
 from sidepool.partition.verify import verify_cut
+from sidepool.wire.checksum import crc32c
 from sidepool.wire.config import decode
 from sidepool.wire.errors import PlanError
 from sidepool.wire.model import DenseProgram, FeatureSource, FixedSource, IndexProgram, JaggedSource, ModelSpec, OutputDtype
@@ -34,7 +34,6 @@ from sidepool.wire.plan import Feature, OnMissingShard, Plan, Pooling, RowFormat
 DENSE_FILE, INDEX_FILE = "dense.pt2", "index.pt2"
 # What a bag costs beside reading its rows, in rows: its vector is written by the sidecar, then read and written by the merge.
 BAG_LOAD = 3.0
-_MODEL_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,255}")
 
 
 def partition_model(
@@ -47,7 +46,7 @@ def partition_model(
     addresses: Sequence[str] | None = None,
     row_format: RowFormat | str | None = None,
     epoch: int = 1,
-    on_missing_shard: OnMissingShard = OnMissingShard.FAIL,
+    on_missing_shard: OnMissingShard | str = OnMissingShard.FAIL,
     triton: TritonOptions | None = None,
     link: str = DEFAULT_LINK,
     objective: Objective = "latency",
@@ -74,15 +73,18 @@ def partition_model(
     sidecar_torch: also operators for which sidecars need torch, installed beside them.
     Raises `CutError` (model, inputs, output directory) and `PlanError` (names, sidecars, addresses, memory).
     """
-    out = Path(out_dir)
-    if not _MODEL_NAME.fullmatch(name):
-        raise PlanError(f"name: found {name!r}; allowed: letters, digits, '_', '.', '-', not beginning with '.' or '-'")
-    stored_as = None if row_format is None else _row_format(row_format)
+    out = output_path(out_dir)
+    check_name(name)
+    check_placing(sidecars, addresses, sidecar_bytes, epoch, row_format, on_missing_shard)
+    check_flags(programs=programs, sidecar_torch=sidecar_torch)
+    options = CutOptions(str(link), objective, str(cpu), str(gpu), gpu_table_bytes, sidecars)
+    options.check()
+    triton = TritonOptions() if triton is None else triton
+    check_triton(triton)
     check_out_dir(out)
     captured = capture(model, example_inputs)
     found = find_lookups(captured)
     check_operators(captured.graph)
-    options = CutOptions(link, objective, cpu, gpu, gpu_table_bytes, sidecars)
     ids_per_bag = {x: _ids_per_bag(captured, x) for x in found.lookups}
     movable = movable_operators(captured, found.lookups, torch=sidecar_torch) if programs else NOTHING
     placed = decide_programs(captured, found.lookups, ids_per_bag, options, movable, sidecar_bytes)
@@ -93,20 +95,20 @@ def partition_model(
     error = max(difference for difference, _ in verified)
     names = feature_names(cut.lookups)
     ids = {feature: _ids_per_bag(captured, lookup) for feature, lookup in zip(names, cut.lookups, strict=True)}
-    row_format = stored_as or RowFormat(own_dtype)
-    plan = _plan(name, cut, names, ids, sidecars, addresses, row_format, epoch, on_missing_shard, placed.together)
+    stored_as = RowFormat(row_format or own_dtype)
+    plan = _plan(name, cut, names, ids, sidecars, addresses, stored_as, epoch, OnMissingShard(on_missing_shard), placed.together)
     check_memory(plan, sidecar_bytes)
-    spec = _spec(name, captured, cut, names, own_dtype)
     saved = {DENSE_FILE: program_bytes(cut.dense)}
     if cut.index is not None:
         saved[INDEX_FILE] = program_bytes(cut.index)
+    spec = _spec(name, captured, cut, names, own_dtype, {file: crc32c(content) for file, content in saved.items()})
     chosen = CutReport(placed.decision, placed.lines)
     unread = [f"table {name}: nothing looks it up, it is left out" for name in captured.unread]
     kept = [*chosen.kept, *found.kept, *placed.refused, *unread]
     report = PartitionReport(plan, spec, out, ids, len(saved[DENSE_FILE]), error, kept, chosen)
     recorded = [_recorded(trial, cut, names, results) for trial, (_, results) in zip(tried, verified, strict=True)]
     torch_files = {x.program.torch.file: x.torch_file for x in cut.lookups if x.program is not None and x.program.torch is not None}
-    return write_artifact(out, report, _weights(cut), saved, triton or TritonOptions(), recorded, torch_files)
+    return write_artifact(out, report, _weights(cut), saved, triton, recorded, torch_files)
 
 
 def _recorded(trial: Captured, cut: Cut, names: Sequence[str], looked_up: Mapping[Lookup, Tensor]) -> Trial:
@@ -114,13 +116,6 @@ def _recorded(trial: Captured, cut: Cut, names: Sequence[str], looked_up: Mappin
     inputs = {str(n.target): value for n, value in zip(trial.inputs, trial.examples, strict=True)}
     outputs = dict(zip(trial.output_names, trial.expected, strict=True))
     return inputs, {name: looked_up[x] for name, x in zip(names, cut.lookups, strict=True)}, outputs
-
-
-def _row_format(found: RowFormat | str) -> RowFormat:
-    try:
-        return RowFormat(found)
-    except ValueError:
-        raise PlanError(f"row_format: found {found!r}; allowed: {', '.join(RowFormat)}") from None
 
 
 def _plan(
@@ -180,7 +175,9 @@ def _weights(cut: Cut) -> dict[str, Tensor]:
     return weights
 
 
-def _spec(name: str, captured: Captured, cut: Cut, names: Sequence[str], pooled_dtype: OutputDtype) -> ModelSpec:
+def _spec(
+    name: str, captured: Captured, cut: Cut, names: Sequence[str], pooled_dtype: OutputDtype, checksums: Mapping[str, int]
+) -> ModelSpec:
     inputs = captured.input_specs()
     index_names = {root: f"ids.{root.name}" for root in cut.index_roots}
     features = []
@@ -204,11 +201,23 @@ def _spec(name: str, captured: Captured, cut: Cut, names: Sequence[str], pooled_
             file=INDEX_FILE,
             inputs=tuple(str(n.target) for n in cut.index_inputs),
             outputs=tuple(index_names[r] for r in cut.index_roots),
+            crc32c=checksums[INDEX_FILE],
         )
     sequences = tuple(f for f, x in zip(names, cut.lookups, strict=True) if x.pooling is Pooling.NONE)
     inputs_of_dense = tuple(str(n.target) for n in cut.dense_inputs)
-    dense = DenseProgram(file=DENSE_FILE, sequences=sequences, inputs=inputs_of_dense, pooled_dtype=pooled_dtype)
-    return ModelSpec(name=name, inputs=inputs, features=tuple(features), index=index, dense=dense, outputs=captured.output_specs())
+    dense = DenseProgram(
+        file=DENSE_FILE, sequences=sequences, inputs=inputs_of_dense, pooled_dtype=pooled_dtype, crc32c=checksums[DENSE_FILE]
+    )
+    return ModelSpec(
+        name=name,
+        inputs=inputs,
+        features=tuple(features),
+        index=index,
+        dense=dense,
+        outputs=captured.output_specs(),
+        parameters=captured.call.parameters,
+        returns=captured.call.returns,
+    )
 
 
 def _ids_per_bag(captured: Captured, lookup: Lookup) -> float:

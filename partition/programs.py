@@ -277,6 +277,8 @@ def _shaped(copier: Copier, output: fx.Node, piece: fx.Node, pieces: Pieces) -> 
 def _unflattened(copier: Copier, lookup: Lookup, sequence: fx.Node) -> fx.Node:
     """`sequence`, `[batch, ids, dim]` or `[ids, dim]`, in the shape of the replaced operator."""
     shape = lookup.output.meta["val"].shape
+    if lookup.flat:
+        return copier.graph.call_function(aten.reshape.default, (sequence, [-1, lookup.dim]))
     if isinstance(lookup.source, Jagged) or len(shape) == 3:
         return sequence
     return copier.graph.call_function(aten.unflatten.int, (sequence, 1, [int(n) for n in shape[1:-1]]))

@@ -6,10 +6,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sidepool.wire.errors import CutError
+from sidepool.partition.arguments import check_choice, check_whole
+from sidepool.wire.errors import CutError, PlanError
 from sidepool.wire.model import DEGRADED_OUTPUT, JaggedSource, ModelSpec, TensorSpec
 
 LENGTHS, VALUES, WEIGHTS = "sparse.lengths", "sparse.values", "sparse.weights"
+LANES = ("shm", "tcp", "grpc", "rdma", "local", "auto")
 # Where the ranker finds the shards for the local lane: from model_repository/<name>/1 of the artifact.
 SHARDS_FROM_VERSION = "../../../sidecars"
 _TYPES = {
@@ -47,6 +49,18 @@ class TritonOptions:
     while callers, whose own timeouts are usually seconds, still get an answer."""
     torch_threads: int = 0
     """Threads of the dense program; 0 leaves torch's choice, which is all cores."""
+
+
+def check_triton(found: object) -> None:
+    """Raise `PlanError` for options that `config.pbtxt` or the ranker would refuse."""
+    if not isinstance(found, TritonOptions):
+        raise PlanError(f"triton: found {found!r}; allowed: TritonOptions")
+    check_choice("triton.instance_kind", found.instance_kind, ("cpu", "gpu"))
+    check_choice("triton.lane", found.lane, LANES)
+    least = {"max_batch": 1, "max_queue_delay_us": 0, "max_queue": 0, "instances": 1, "deadline_ms": 1, "torch_threads": 0}
+    for field, lowest in least.items():
+        if getattr(found, field) is not None:
+            check_whole(f"triton.{field}", getattr(found, field), lowest)
 
 
 def config_text(model: ModelSpec, options: TritonOptions, *, degraded: bool = False) -> str:

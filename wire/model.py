@@ -13,12 +13,15 @@ from pydantic import Field
 
 from sidepool.wire.config import FormatVersion, Frozen, dump_yaml, load_yaml
 from sidepool.wire.errors import PlanError
-from sidepool.wire.plan import MAX_FEATURES, Name, Plan
+from sidepool.wire.plan import MAX_FEATURES, Name, Plan, Pooling
 
 PLAN_FILE = "plan.yaml"
 MODEL_FILE = "model.yaml"
 
 TensorName = Annotated[str, Field(min_length=1, max_length=256)]
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.\-]+$")]
+Checksum = Annotated[int, Field(ge=0, lt=1 << 32)]
+Returns = Literal["tensor", "tuple", "dict"]
 OutputDtype = Literal["fp32", "fp16", "bf16"]
 """What the results of a lookup are. Rows are added in fp32 and rounded once, to nearest even; fp16 ends at 65,504."""
 
@@ -29,6 +32,8 @@ class TensorSpec(Frozen):
     name: TensorName
     dtype: Literal["float32", "float16", "float64", "int64", "int32", "bool"]
     shape: tuple[int, ...]
+    argument: str | None = None
+    """Of an input: where it lies in a call of the model (`batch['ids'][0]`); None: it is the argument of its own name."""
 
 
 class FixedSource(Frozen):
@@ -68,21 +73,25 @@ DEGRADED_OUTPUT = "degraded"
 class IndexProgram(Frozen):
     """Index arithmetic that is more than slicing columns: a `torch.export` program, run on the ranker's CPU."""
 
-    file: str
+    file: FileName
     inputs: tuple[TensorName, ...]
     outputs: tuple[TensorName, ...]
     """Names under which `FeatureSource`s refer to the program's outputs."""
+    crc32c: Checksum | None = None
+    """Of the file; None: not compared."""
 
 
 class DenseProgram(Frozen):
     """The dense half: a `torch.export` program over `(pooled [batch, Σ dim], *sequences, *inputs)`."""
 
-    file: str
+    file: FileName
     sequences: tuple[Name, ...] = ()
     """Features with pooling `none`, each given as `[batch, ids per bag, dim]`, or `[ids, dim]` where bags are jagged."""
     inputs: tuple[TensorName, ...]
     pooled_dtype: OutputDtype = "fp32"
     """What it takes `pooled` and the sequences as, and so what lookups ask sidecars for."""
+    crc32c: Checksum | None = None
+    """Of the file; None: not compared."""
 
 
 class ModelSpec(Frozen):
@@ -97,6 +106,10 @@ class ModelSpec(Frozen):
     index: IndexProgram | None = None
     dense: DenseProgram
     outputs: Annotated[tuple[TensorSpec, ...], Field(min_length=1)]
+    parameters: tuple[str, ...] = ()
+    """Of the original model's `forward`, in order (`*name`, `**name`); without any, the inputs are the parameters."""
+    returns: Returns = "tensor"
+    """What the original model returns its outputs in; several are a tuple unless they are a dict."""
 
     @property
     def jagged(self) -> bool:
@@ -110,7 +123,15 @@ def load_model(path: Path, plan: Plan) -> ModelSpec:
     ours, theirs = [f.feature for f in model.features], [f.name for f in plan.features]
     if ours != theirs:
         raise PlanError(f"{path}: features: found {ours[:4]}…; allowed: exactly the plan's features in its order, {theirs[:4]}…")
-    known = {t.name for t in model.inputs} | set(model.index.outputs if model.index else ())
+    inputs = {t.name for t in model.inputs}
+    for field, program in (("index", model.index), ("dense", model.dense)):
+        for name in program.inputs if program else ():
+            if name not in inputs:
+                raise PlanError(f"{path}: {field}.inputs: found {name!r}; allowed: {sorted(inputs)}")
+    rows = tuple(f.name for f in plan.features if f.pooling is Pooling.NONE)
+    if model.dense.sequences != rows:
+        raise PlanError(f"{path}: dense.sequences: found {model.dense.sequences}; allowed: {rows} (pooling none in the plan)")
+    known = inputs | set(model.index.outputs if model.index else ())
     for i, feature in enumerate(model.features):
         source = feature.source
         if isinstance(source, FixedSource):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sidepool.wire.checksum import crc32c
 from sidepool.wire.errors import PlanError, ShardCorrupt
+from sidepool.wire.model import MODEL_FILE
 from sidepool.wire.program import TorchFile
 
 if TYPE_CHECKING:
@@ -23,23 +25,46 @@ Program = Callable[..., "tuple[Tensor, ...]"]
 
 
 def load_program(
-    file: Path, device: torch.device | None = None, *, rewrite: Callable[[torch.fx.GraphModule], object] | None = None
+    file: Path,
+    device: torch.device | None = None,
+    *,
+    crc32c: int | None = None,
+    rewrite: Callable[[torch.fx.GraphModule], object] | None = None,
 ) -> Program:
-    """Load a program, on `device` if one is given (else where it was exported). `rewrite` may change the graph that is called.
+    """Load a program, on `device` if one is given (else where it was exported). crc32c: of the file, from `model.yaml`.
+
+    `rewrite` may change the graph that is called.
 
     `ExportedProgram.module()` checks shapes and unflattens arguments on every call, which costs more than a small graph
     does; the calling convention is settled here once, and shapes are the caller's to check. Raises `ShardCorrupt`.
     """
-    import torch
     from torch.export.passes import move_to_device_pass
 
-    try:
-        exported = torch.export.load(file)
-    except Exception as e:  # whatever unzipping and unpickling raise
-        raise ShardCorrupt(f"{file}: cannot be loaded as a torch.export program: {e}") from e
+    exported = load_exported(file, crc32c)
     if device is not None and device.type != "cpu":
         exported = move_to_device_pass(exported, device)
     return _flat(exported, rewrite)
+
+
+def load_exported(file: Path, crc32c: int | None) -> torch.export.ExportedProgram:
+    """What `torch.export.save` wrote into `file`. torch itself does not notice a bit that changed. Raises `ShardCorrupt`."""
+    import torch
+
+    content = _read(file, crc32c, MODEL_FILE)
+    try:
+        return torch.export.load(io.BytesIO(content))
+    except Exception as e:  # whatever unzipping and unpickling raise
+        raise ShardCorrupt(f"{file}: cannot be loaded as a torch.export program: {e}") from e
+
+
+def _read(file: Path, checksum: int | None, source: str) -> bytes:
+    try:
+        content = file.read_bytes()
+    except OSError as e:
+        raise ShardCorrupt(f"{file}: cannot be read: {e}") from e
+    if checksum is not None and crc32c(content) != checksum:
+        raise ShardCorrupt(f"{file}: CRC-32C: found {crc32c(content):#010x}; allowed: {checksum:#010x} (from {source})")
+    return content
 
 
 def external_call(directory: Path, found: TorchFile, what: str) -> Callable[[list[Values], Values], None]:
@@ -48,12 +73,7 @@ def external_call(directory: Path, found: TorchFile, what: str) -> Callable[[lis
     It may be called by several threads at once. Raises `PlanError` where torch is not installed and `ShardCorrupt` for the file.
     """
     path = directory / found.file
-    try:
-        content = path.read_bytes()
-    except OSError as e:
-        raise ShardCorrupt(f"{path}: cannot be read: {e}") from e
-    if crc32c(content) != found.crc32c:
-        raise ShardCorrupt(f"{path}: CRC-32C: found {crc32c(content):#010x}; allowed: {found.crc32c:#010x} (from the plan)")
+    _read(path, found.crc32c, "the plan")
     try:
         import torch
     except ImportError as e:

@@ -41,11 +41,11 @@ class PartitionedModel:
         """What a lookup takes."""
         return self.router.route(inputs)
 
-    def tensors(self, inputs: Inputs) -> list[Any]:
-        """What a `Pipeline` takes."""
+    def tensors(self, inputs: Inputs) -> dict[str, Any]:
+        """What `Pipeline.run` takes."""
         import torch
 
-        return [torch.from_numpy(inputs[spec.name]) for spec in self.model.inputs]
+        return {spec.name: torch.from_numpy(inputs[spec.name]) for spec in self.model.inputs}
 
     def triton(self, inputs: Inputs) -> Arrays:
         """What Triton takes (docs/partition.md)."""

@@ -161,7 +161,7 @@ class _PipelineTarget(CallTarget):
         self._stack = contextlib.ExitStack()
 
         def answer(pipeline: Pipeline, request: int) -> object:
-            return pipeline(*tensors[request], **limits)
+            return pipeline.run(tensors[request], **limits)
 
         pipelines = [self._stack.enter_context(Pipeline.open(artifact)) for _ in range(callers)]
         answers: list[Callable[[int], object]] = [partial(answer, pipeline) for pipeline in pipelines]

@@ -135,7 +135,7 @@ def test_a_pipeline_names_wrong_inputs_and_goes_on(tmp_path: Path) -> None:
     partition_model(model, fixed_inputs(4), tmp_path / "artifact", name="small")
     dense, ids, seen = fixed_inputs(3)
     with Pipeline.open(tmp_path / "artifact") as pipeline, torch.no_grad():
-        with pytest.raises(LookupRejected, match="inputs: found 2 tensors; allowed: dense, ids, seen"):
+        with pytest.raises(LookupRejected, match="inputs: found no seen; allowed: dense, ids, seen"):
             pipeline(dense, ids)
         with pytest.raises(LookupRejected, match=r"dense: found float64 \[3, 3\]; allowed: float32 \[-1, 3\]"):
             pipeline(dense.double(), ids, seen)
@@ -144,6 +144,44 @@ def test_a_pipeline_names_wrong_inputs_and_goes_on(tmp_path: Path) -> None:
         with pytest.raises(LookupRejected, match=r"batch: found|do not fit"):
             pipeline(dense, ids[:2], seen)
         torch.testing.assert_close(pipeline(dense, ids, seen), model(dense, ids, seen), rtol=0, atol=1e-5)
+
+
+class Named(torch.nn.Module):
+    """Inputs of one dtype and shape that only their names tell apart, and outputs in a dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.user, self.item, self.shop = (torch.nn.Embedding(20, 4) for _ in range(3))
+
+    def forward(self, ids: dict[str, torch.Tensor], shop: torch.Tensor, note: Any = None) -> dict[str, torch.Tensor]:
+        return {"click": self.user(ids["user"]).sum(1) - self.shop(shop).sum(1), "buy": self.item(ids["item"]).sum(1)}
+
+
+def test_inputs_are_told_by_name_in_whatever_order_they_come(tmp_path: Path) -> None:
+    def ids() -> torch.Tensor:
+        return torch.randint(0, 20, (3,))
+
+    torch.manual_seed(0)
+    model = Named().eval()
+    user, item, shop = ids(), ids(), ids()
+    partition_model(model, {"shop": ids(), "ids": {"user": ids(), "item": ids()}}, tmp_path / "artifact", name="small")
+    with Pipeline.open(tmp_path / "artifact") as pipeline, torch.no_grad():
+        expected = model({"user": user, "item": item}, shop)
+        for args, kwargs in (
+            (({"user": user, "item": item}, shop), {}),
+            (({"item": item, "user": user},), {"shop": shop, "note": None}),
+            ((), {"ids": {"item": item, "user": user}, "shop": shop}),
+        ):
+            found = pipeline(*args, **kwargs)
+            assert isinstance(found, dict)
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+        allowed = r"allowed: shop, ids\['user'\], ids\['item'\]"
+        with pytest.raises(LookupRejected, match=rf"inputs: found no ids\['item'\]; {allowed}"):
+            pipeline({"user": user}, shop)
+        with pytest.raises(LookupRejected, match=f"inputs: found note; {allowed}"):
+            pipeline({"user": user, "item": item}, shop, shop)
+        with pytest.raises(LookupRejected, match="inputs: got an unexpected keyword argument 'shops'; allowed: ids, shop, note"):
+            pipeline({"user": user, "item": item}, shops=shop)
 
 
 def test_a_folder_that_is_no_artifact_is_named(tmp_path: Path) -> None:

@@ -65,6 +65,20 @@ def record_other(kind: str) -> Callable[[Path], None]:
     return change
 
 
+def edit_model(found: str, other: str) -> Callable[[Path], None]:
+    def change(out: Path) -> None:
+        model = out / "model_repository/m/1/model.yaml"
+        assert found in model.read_text()
+        model.write_text(model.read_text().replace(found, other))
+
+    return change
+
+
+def serve_another_plan(out: Path) -> None:
+    served = out / "model_repository/m/1/plan.yaml"
+    served.write_text(served.read_text().replace("epoch: 1", "epoch: 2"))
+
+
 def record_nothing(out: Path) -> None:
     save_file({}, out / "check.safetensors")
 
@@ -77,7 +91,12 @@ def record_nothing(out: Path) -> None:
         (record_other("output"), "output score: every lookup agrees; the dense program differs from what was recorded"),
         (record_nothing, "found nothing recorded"),
         (lambda out: (out / "check.safetensors").unlink(), "check.safetensors: cannot be read"),
-        (lambda out: (out / "model_repository/m/1/dense.pt2").write_bytes(b"no"), "dense.pt2: cannot be loaded"),
+        (lambda out: (out / "model_repository/m/1/dense.pt2").write_bytes(b"no"), "dense.pt2: CRC-32C: found"),
+        (edit_model("- dense\n", "- dance\n"), "model.yaml: dense.inputs: found 'dance'; allowed: ['dense', 'sparse']"),
+        (edit_model("sequences: []", "sequences: [sparse.0]"), "dense.sequences: found ('sparse.0',); allowed: ()"),
+        (edit_model("file: dense.pt2", "file: ../dense.pt2"), "dense.file: found '../dense.pt2'"),
+        (edit_model("inputs:\n  - dense\n  pooled", "inputs:\n  - sparse\n  pooled"), "does not run on what was recorded: "),
+        (serve_another_plan, "1/plan.yaml: found another plan"),
         (lambda out: (out / "plan.yaml").unlink(), "holds no plan.yaml; allowed: a directory that `sidepool partition` wrote"),
     ],
 )

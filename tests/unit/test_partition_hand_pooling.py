@@ -53,6 +53,7 @@ def kept(lengths: Tensor) -> Tensor:
 PROVABLE: dict[str, tuple[Body, str, int | None]] = {
     "ids that are not 0": (lambda rows, ids, n: (rows * (ids != 0).unsqueeze(-1)).sum(1), "sum", 0),
     "ids that are not 0, as numbers": (lambda rows, ids, n: ((ids > 0).float()[:, :, None] * rows).sum(dim=1), "sum", 0),
+    "ids as truth values": (lambda rows, ids, n: (rows * ids.bool().unsqueeze(2)).sum(1), "sum", ROWS),
     "ids left out": (lambda rows, ids, n: rows.masked_fill((ids == 3).unsqueeze(2), 0).sum(-2), "sum", 3),
     "ids left out, negated": (lambda rows, ids, n: (rows * (~(ids == 3)).unsqueeze(2)).sum(1), "sum", 3),
     "lengths": (lambda rows, ids, n: (rows * kept(n).unsqueeze(-1).float()).sum(1), "sum", ROWS),
@@ -113,7 +114,7 @@ def test_lookups_that_the_dense_program_needs_stay_in_it_and_the_report_says_why
     assert all(line in report.text for line in report.kept)
     with Pipeline.open(tmp_path / "out") as pipeline, torch.no_grad():
         found: Any = pipeline(torch.arange(9))
-        for ours, theirs in zip(found, model(torch.arange(9)).values(), strict=True):
+        for ours, theirs in zip(found.values(), model(torch.arange(9)).values(), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
