@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from sidecar_process import wait_until_stopped
 
 from sidepool.bench.triton_server import free_ports
 from sidepool.wire.coordination import Coordination, EtcdTls
@@ -106,6 +107,7 @@ class EtcdServer:
         assert self._process is not None
         os.kill(self._process.pid, signal.SIGSTOP)
         try:
+            wait_until_stopped(self._process.pid)
             yield
         finally:
             os.kill(self._process.pid, signal.SIGCONT)

@@ -12,6 +12,7 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
+from sidecar_process import wait_until_stopped
 from tritonclient.grpc import service_pb2
 
 from sidepool import _native
@@ -25,8 +26,6 @@ from sidepool.wire.errors import TransportError
 RATE, SECONDS, DRAIN_S = 400.0, 0.5, 1.0
 # Between what a connection takes, about 30 kB, and what it takes with all requests outstanding, about 150 kB.
 LIMIT_BYTES = 80_000
-# A process runs on for a moment after a SIGSTOP was sent.
-STOPPED_NS = 20_000_000
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +109,7 @@ def test_latencies_of_a_stalled_server_run_from_when_requests_were_due(program: 
 
     def stall(pid: int) -> None:
         os.kill(pid, signal.SIGSTOP)
+        wait_until_stopped(pid)
         stalled.append(time.monotonic_ns())
         time.sleep(stall_s)
         stalled.append(time.monotonic_ns())
@@ -122,7 +122,7 @@ def test_latencies_of_a_stalled_server_run_from_when_requests_were_due(program: 
         timer.join()
     assert (result.status == OK).all()
     due_ns = result.schedule.due_ns + result.totals["start_ns"]
-    within = (due_ns > stalled[0] + STOPPED_NS) & (due_ns < stalled[1])
+    within = (due_ns > stalled[0]) & (due_ns < stalled[1])
     # The load went on at its rate, and each request waited for what was left of the stall.
     assert within.sum() > 0.5 * RATE * stall_s
     waited_ns = (result.done_ns - result.schedule.due_ns)[within]

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from hdrh.histogram import HdrHistogram
 from served_dlrm import Served, served
+from sidecar_process import wait_until_stopped
 
 from sidepool.__main__ import main
 from sidepool.bench import criteo
@@ -113,6 +114,7 @@ def test_a_stalled_triton_shows_the_latencies_of_scheduled_times(model: Served) 
 
     def stall() -> None:
         os.kill(pid, signal.SIGSTOP)
+        wait_until_stopped(pid)
         stalled.append(time.monotonic_ns())
         time.sleep(stall_s)
         stalled.append(time.monotonic_ns())

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from sidecar_process import PATIENCE_S, RunningSidecar, ready
+from sidecar_process import PATIENCE_S, RunningSidecar, ready, wait_until_stopped
 from slow_ranker import look_up_once
 from small_artifact import SmallArtifact, write_small_artifact
 
@@ -160,6 +160,7 @@ def test_a_response_that_a_slow_ranker_has_not_taken_yet_is_in_flight(tmp_path: 
             wait_until(sidecar, "in_flight", 1)
             assert ranker.pid is not None
             os.kill(ranker.pid, signal.SIGSTOP)
+            wait_until_stopped(ranker.pid)
             wait_until(sidecar, "served", 1)
             assert engine_counters(sidecar)["in_flight"] == 1
             sidecar.send(signal.SIGTERM)
