@@ -16,7 +16,7 @@ from pathlib import Path
 from lane_world import REQUEST_BYTES, RESPONSE_BYTES, SLOTS, bags, look_up, make_client, make_server, path
 
 # Lanes of one `crowd`.
-CROWD = 15
+CROWD = 25
 
 
 def serve(timeout_s: float) -> None:
