@@ -26,7 +26,7 @@ check: setup ## lint and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-test: check ## lint, types, native tests under sanitizers, all Python tests
+test: setup ## lint, types, native tests under sanitizers, all Python tests
 	.ci/tests
 
 test-rdma: setup ## the verbs tests alone, in a SoftRoCE guest
