@@ -110,8 +110,9 @@ def triton_config(text: str, knobs: Knobs, *, name: str, least_batch: int, limit
     config = text_format.Parse(text, model_config_pb2.ModelConfig())
     config.name = name
     config.max_batch_size = max(least_batch, knobs.max_batch)
-    if knobs.max_batch:
-        config.dynamic_batching.max_queue_delay_microseconds = knobs.delay_us
+    if knobs.max_batch or least_batch == 1:
+        # Batches of one merge nothing, and late requests are still refused in Triton's queue, which costs the ranker nothing.
+        config.dynamic_batching.max_queue_delay_microseconds = knobs.settled().delay_us
     else:
         config.ClearField("dynamic_batching")
     config.instance_group[0].count = knobs.instances

@@ -119,11 +119,10 @@ def test_settings_are_written_where_triton_and_a_sidecar_read_them() -> None:
     parameters = {key: value.string_value for key, value in merged.parameters.items()}
     ranker = {"torch_threads": "1", "workers": "3", "split_samples": "128", "spin_us": "50", "limit_ms": "50"}
     assert parameters == {"lane": "shm", **ranker}
-    alone = text_format.Parse(
-        triton_config(text, replace(PEAK, max_batch=0), name="n", least_batch=7), model_config_pb2.ModelConfig()
-    )
-    assert not alone.HasField("dynamic_batching")
-    assert alone.max_batch_size == 7
+    for least, has_queue in ((7, False), (1, True)):
+        config = triton_config(text, replace(PEAK, max_batch=0), name="n", least_batch=least)
+        alone = text_format.Parse(config, model_config_pb2.ModelConfig())
+        assert (alone.max_batch_size, alone.HasField("dynamic_batching")) == (least, has_queue)
     sidecar = "name: s\nlisten: {grpc: '10.0.0.7:50151', tcp: '10.0.0.7:0', unix: null}\n"
     assert yaml.safe_load(sidecar_config(sidecar, PEAK)) == {**yaml.safe_load(sidecar), "engines": 2, "spin_us": 50}
     assert yaml.safe_load(sidecar_config(sidecar, PEAK, "127.0.0.1:5"))["listen"] == {
