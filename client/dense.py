@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from sidepool.client.linear_layers import pack_linear_layers, rounded_up
 from sidepool.wire.errors import ConfigError, LookupRejected
-from sidepool.wire.model import FixedSource, JaggedSource, ModelSpec
+from sidepool.wire.model import FixedSource, ModelSpec
 from sidepool.wire.torch_program import Program, load_program
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class DenseGraph:
             largest = 0 if None in self._bag_ids else max_captured_batch
             self._run = _CudaRunner(load_program(file, self.device, crc32c=crc32c), self.device, largest)
         else:
-            self._run = _CpuRunner(file, crc32c, only_batch_varies=None not in self._bag_ids and not _reads_bags(model))
+            self._run = _CpuRunner(file, crc32c, only_batch_varies=None not in self._bag_ids and not model.dense_reads_bags)
 
     def host_buffer(self, rows: int, columns: int) -> Tensor:
         """A `[rows, columns]` host tensor of what the program takes, for the lookup to write into; pinned where a GPU follows."""
@@ -115,12 +115,6 @@ class DenseGraph:
 
 def _bag_ids(source: object) -> int | None:
     return source.end - source.begin if isinstance(source, FixedSource) else None
-
-
-def _reads_bags(model: ModelSpec) -> bool:
-    """Whether the program takes ids of jagged features: other sizes than the batch vary then."""
-    sources = [f.source for f in model.features if isinstance(f.source, JaggedSource)]
-    return any(name in model.dense.inputs for s in sources for name in (s.values, s.offsets, s.weights))
 
 
 class _CpuRunner:

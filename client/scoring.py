@@ -212,7 +212,6 @@ class ScoreClient:
         answer: Future[Any] = Future()
 
         def settle(result: Any, error: Exception | None) -> None:
-            self._late.discard(answer)
             if error is None:
                 answer.set_result(result)
             else:
@@ -223,8 +222,7 @@ class ScoreClient:
             return answer.result(budget_s)
         except TimeoutError:
             self._late.add(answer)
-            if answer.done():  # meanwhile
-                self._late.discard(answer)
+            answer.add_done_callback(self._late.discard)
             raise Unanswered(
                 f"Triton at {self._url}, model {self._model!r}: no answer within {budget_s * 1e3:g} ms", answer
             ) from None

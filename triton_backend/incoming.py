@@ -64,11 +64,11 @@ class Reader:
         self.jagged = bool(self._sources)
         self._whole = len(self._sources) == len(model.features) and model.index is None
         self._weighted = any(s.weights for s in self._sources)
-        replaced = {name for s in self._sources for name in (s.values, s.offsets, s.weights)}
+        replaced = model.bag_inputs
         # Per input as Triton gives it: shape after the dimension that counts samples, and dtype.
         self._expected = {t.name: (t.shape[1:], np.dtype(t.dtype)) for t in model.inputs if t.name not in replaced}
         self._dense_inputs = {t.name: np.dtype(t.dtype) for t in model.inputs if t.name in model.dense.inputs}
-        self.dense_reads_ids = not replaced.isdisjoint(self._dense_inputs)
+        self._dense_reads_bags = model.dense_reads_bags
         self._offsets = {s.offsets: s for s in self._sources}
         self._id_matrix = _only_id_matrix(model)
 
@@ -80,7 +80,7 @@ class Reader:
         if self.jagged:
             lengths, values, weights = self._ids(given)
             samples = _samples({**arrays, LENGTHS: lengths.T})
-            if self.dense_reads_ids or not self._whole:
+            if self._dense_reads_bags or not self._whole:
                 arrays |= self._split(lengths, values, weights)
             part: Part = (values, lengths.reshape(-1), weights) if self._whole else self._router.route(arrays)
         else:

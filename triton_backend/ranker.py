@@ -56,7 +56,7 @@ class Ranker:
         model = load_model(settings.artifact / MODEL_FILE, plan)
         router = FeatureRouter(model, plan, settings.artifact)
         self._reader = Reader(model, router, parameters.deadline_ms)
-        if parameters.split_samples and self._reader.dense_reads_ids:
+        if parameters.split_samples and model.dense_reads_bags:
             found = f"parameters: split_samples: found {parameters.split_samples}"
             raise ConfigError(f"{found}; allowed: 0, since the dense half reads ids, which differ in number from sample to sample")
         self._admission = Admission(parameters.max_ids)

@@ -116,6 +116,17 @@ class ModelSpec(Frozen):
         """Whether any feature has a varying number of ids per bag."""
         return any(isinstance(f.source, JaggedSource) for f in self.features)
 
+    @property
+    def bag_inputs(self) -> frozenset[str]:
+        """Names of the inputs that hold ids, offsets or weights of jagged features."""
+        sources = (f.source for f in self.features if isinstance(f.source, JaggedSource))
+        return frozenset(name for s in sources for name in (s.values, s.offsets, s.weights) if name is not None)
+
+    @property
+    def dense_reads_bags(self) -> bool:
+        """Whether the dense program takes any of `bag_inputs`: then other sizes than the batch vary."""
+        return not self.bag_inputs.isdisjoint(self.dense.inputs)
+
 
 def load_model(path: Path, plan: Plan) -> ModelSpec:
     """Read `model.yaml` and check it against its plan; raises `PlanError`."""

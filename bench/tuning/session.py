@@ -17,7 +17,6 @@ from sidepool.bench.tuning.climb import Climb
 from sidepool.bench.tuning.knobs import Knobs, Queries, sidecar_config, triton_config
 from sidepool.bench.tuning.tune import Job, Limit
 from sidepool.client.pipeline import model_directory
-from sidepool.wire.model import JaggedSource, ModelSpec
 
 # What rates depend on, of what is known of the machine.
 MACHINE = ("cpu", "cores", "torch", "seed")
@@ -40,7 +39,7 @@ def tune(args: argparse.Namespace) -> int:
         model=args.model,
         limit=limit,
         requests=[model.triton(inputs) for inputs in given],
-        queries=Queries(int(found.max()), model.model.jagged, divisible=not _dense_reads_ids(model.model)),
+        queries=Queries(int(found.max()), model.model.jagged, divisible=not model.model.dense_reads_bags),
         about=about,
         directory=out / "climb",
         work_dir=args.work_dir,
@@ -57,11 +56,6 @@ def tune(args: argparse.Namespace) -> int:
     (out / "tune.txt").write_text(text, encoding="utf-8")
     console.print(text, end="")
     return 0 if climb.best_score else 1
-
-
-def _dense_reads_ids(model: ModelSpec) -> bool:
-    sources = [f.source for f in model.features if isinstance(f.source, JaggedSource)]
-    return any(name in model.dense.inputs for s in sources for name in (s.values, s.offsets, s.weights))
 
 
 def write_settings(artifact: Path, out: Path, knobs: Knobs, *, least_batch: int, limit_ms: float = 0.0) -> None:
