@@ -107,16 +107,17 @@ class LookupClient {
   // `alone`: nothing of this lookup is under way.
   void send_chunk(Scratch& scratch, InFlight& chunk, const LookupCall& call, uint64_t deadline, bool alone, LookupResult& result);
   // A subrequest for `legs`; false where none of them has ids, so that nobody need be asked.
-  // Where the window has no room: with Wait::block it waits, with Wait::hold the subrequest is sent later, by send_held.
-  // With Wait::never false also there, and where the sidecar has no slot free now.
+  // Where the window has no room or the sidecar no slot free: with Wait::block it waits, with Wait::hold the subrequest is sent
+  // later, by send_held; with Wait::never false.
   bool send(Scratch& scratch, InFlight& chunk, int32_t sidecar, const std::vector<int32_t>& legs, const LookupCall& call, uint64_t deadline, Wait wait);
   Status prepare(const Scratch& scratch, const InFlight& chunk, Subrequest& sub, OutputFormat format) const;
   Room take_room(InFlight& chunk, Subrequest& sub, const LookupCall& call, uint64_t deadline, Wait wait);
   void send_held(Scratch& scratch, InFlight& chunk, const LookupCall& call, uint64_t deadline, LookupResult& result);
+  void take_back(Scratch& scratch, size_t first);
   Room give_up(InFlight& chunk, const Subrequest& sub);
   void leave_line(InFlight& chunk);
-  Status post(Scratch& scratch, InFlight& chunk, Subrequest& sub, const LookupCall& call, uint64_t deadline, bool wait);
-  Status send_frame(Scratch& scratch, InFlight& chunk, Subrequest& sub, const LookupCall& call, uint64_t deadline, bool wait);
+  Status post(Scratch& scratch, InFlight& chunk, Subrequest& sub, const LookupCall& call, uint64_t deadline, Wait wait);
+  Status send_frame(Scratch& scratch, InFlight& chunk, Subrequest& sub, const LookupCall& call, uint64_t deadline, Wait wait);
   // Sends the legs of `scratch.wanted` to other holders; what nobody is left for stays there.
   void ask_others(Scratch& scratch, InFlight& chunk, const LookupCall& call, uint64_t deadline, Wait wait);
   int32_t another_holder(const Scratch& scratch, const InFlight& chunk, int32_t leg) const;

@@ -74,28 +74,26 @@ LookupResult LookupClient::look_up(Scratch& scratch, const LookupCall& call, uin
   result.times.chunks = int64_t(scratch.routed.chunk_count());
   result.times.route = int64_t(now_ns() - start);
 
-  size_t sent = 0, received = 0;
+  scratch.sent = scratch.received = 0;
   const size_t chunks = scratch.routed.chunk_count();
-  while (received < chunks && result.status == Status::ok) {
-    while (sent < chunks && sent - received < kWindow && result.status == Status::ok) {
+  while (scratch.received < chunks && result.status == Status::ok) {
+    while (scratch.sent < chunks && scratch.sent - scratch.received < kWindow && result.status == Status::ok) {
       // The first may wait for credits; the others only use what is free, or two large lookups could starve each other.
       // Nor does one overtake what is held back.
-      if (sent > received && (scratch.window[(sent - 1) % kWindow].held > 0 || !credits_free(scratch.lanes))) break;
+      const bool alone = scratch.sent == scratch.received;
+      if (!alone && (scratch.window[(scratch.sent - 1) % kWindow].held > 0 || !credits_free(scratch.lanes))) break;
       const uint64_t begin = now_ns();
-      InFlight& next = scratch.window[sent % kWindow];
-      const bool alone = sent == received;
-      next.chunk = sent++;
+      InFlight& next = scratch.window[scratch.sent % kWindow];
+      next.chunk = scratch.sent++;
       send_chunk(scratch, next, call, deadline, alone, result);
       result.times.route += int64_t(now_ns() - begin);
     }
-    if (received < sent && result.status == Status::ok) receive(scratch, scratch.window[received++ % kWindow], call, deadline, result);
+    if (result.status != Status::ok) break;
+    receive(scratch, scratch.window[scratch.received % kWindow], call, deadline, result);
+    if (result.status == Status::ok) ++scratch.received;
   }
   // After a failure the slots still out are nobody's until the sidecars have answered them.
-  for (size_t c = received > 0 ? received - 1 : 0; c < sent; ++c) {
-    InFlight& chunk = scratch.window[c % kWindow];
-    for (size_t i = 0; i < chunk.count; ++i)
-      if (!chunk.subrequests[i].settled) settle(chunk, chunk.subrequests[i], false);
-  }
+  take_back(scratch, scratch.received);
   scratch.lanes.clear();
   result.times.total = int64_t(now_ns() - start);
   totals_.lookups.fetch_add(1, std::memory_order_relaxed);
@@ -163,12 +161,13 @@ bool LookupClient::send(Scratch& scratch, InFlight& chunk, int32_t s, const std:
   for (const int32_t l : sub.asked.legs) chunk.asked[size_t(l)] = 1;
   sub.status = prepare(scratch, chunk, sub, call.out.format);
   if (sub.status == Status::ok) {
+    if (chunk.held > 0 && wait == Wait::block) wait = Wait::hold;
     const Room room = chunk.held > 0 ? Room::no : take_room(chunk, sub, call, deadline, wait);
-    sub.held = room == Room::no && wait != Wait::never;
+    sub.status = room == Room::yes ? post(scratch, chunk, sub, call, deadline, wait)
+                                   : room == Room::late ? Status::deadline : Status::overloaded;
+    sub.held = sub.status == Status::overloaded && wait == Wait::hold;
     chunk.held += sub.held;
     if (sub.held) return true;
-    sub.status = room == Room::yes ? post(scratch, chunk, sub, call, deadline, wait != Wait::never)
-                                   : room == Room::late ? Status::deadline : Status::overloaded;
   }
   sub.settled = sub.status != Status::ok;
   if (sub.status == Status::overloaded && wait == Wait::never) {
@@ -225,7 +224,8 @@ void LookupClient::leave_line(InFlight& chunk) {
   chunk.place = ReceiveWindow::kNoPlace;
 }
 
-// Sends what there is room for by now of what was held back, in order.
+// Sends what there is room for by now of what was held back, in order. Waits only where nothing of the lookup is under way, for
+// which chunks after this one are taken back: whoever waits for a slot with others in hand may wait for who waits for those.
 void LookupClient::send_held(Scratch& scratch, InFlight& chunk, const LookupCall& call, uint64_t deadline, LookupResult& result) {
   for (size_t i = 0; i < chunk.count && chunk.held > 0 && result.status == Status::ok; ++i) {
     Subrequest& sub = chunk.subrequests[i];
@@ -234,17 +234,31 @@ void LookupClient::send_held(Scratch& scratch, InFlight& chunk, const LookupCall
       settle(chunk, sub, false);
       continue;
     }
-    const Room room = take_room(chunk, sub, call, deadline, chunk.in_flight == 0 ? Wait::block : Wait::hold);
+    const Wait wait = chunk.in_flight == 0 ? Wait::block : Wait::hold;
+    if (wait == Wait::block) take_back(scratch, chunk.chunk + 1);
+    const Room room = take_room(chunk, sub, call, deadline, wait);
     if (room == Room::no) return;
+    sub.status = room == Room::late ? Status::deadline : post(scratch, chunk, sub, call, deadline, wait);
+    if (sub.status == Status::overloaded && wait == Wait::hold) return;
     sub.held = false;
     --chunk.held;
-    sub.status = room == Room::late ? Status::deadline : post(scratch, chunk, sub, call, deadline, true);
     sub.settled = sub.status != Status::ok;
     if (sub.settled) failed(scratch, chunk, i, call, deadline, result);
   }
 }
 
-Status LookupClient::post(Scratch& scratch, InFlight& chunk, Subrequest& sub, const LookupCall& call, uint64_t deadline, bool wait) {
+// Chunks from `first` on are as if never sent.
+void LookupClient::take_back(Scratch& scratch, size_t first) {
+  for (size_t c = first; c < scratch.sent; ++c) {
+    InFlight& chunk = scratch.window[c % kWindow];
+    for (size_t i = 0; i < chunk.count; ++i)
+      if (!chunk.subrequests[i].settled) settle(chunk, chunk.subrequests[i], false);
+  }
+  scratch.sent = std::min(scratch.sent, first);
+}
+
+// Status::overloaded: no slot is free, or became free in time.
+Status LookupClient::post(Scratch& scratch, InFlight& chunk, Subrequest& sub, const LookupCall& call, uint64_t deadline, Wait wait) {
   const Status status = send_frame(scratch, chunk, sub, call, deadline, wait);
   if (status == Status::ok)
     ++chunk.in_flight;
@@ -253,7 +267,7 @@ Status LookupClient::post(Scratch& scratch, InFlight& chunk, Subrequest& sub, co
   return status;
 }
 
-Status LookupClient::send_frame(Scratch& scratch, InFlight& chunk, Subrequest& sub, const LookupCall& call, uint64_t deadline, bool wait) {
+Status LookupClient::send_frame(Scratch& scratch, InFlight& chunk, Subrequest& sub, const LookupCall& call, uint64_t deadline, Wait wait) {
   // Half of what is left belongs to whoever takes over.
   const uint64_t begin = now_ns();
   sub.others_ns = UINT64_MAX;
@@ -261,7 +275,7 @@ Status LookupClient::send_frame(Scratch& scratch, InFlight& chunk, Subrequest& s
   if (routes_.replicated)
     for (size_t i = 0; i < sub.asked.legs.size() && sub.others_ns == UINT64_MAX; ++i)
       if (another_holder(scratch, chunk, sub.asked.legs[i]) >= 0) sub.others_ns = begin + (deadline > begin ? (deadline - begin) / 2 : 0);
-  const int slot = sub.lane->acquire(wait ? std::min(deadline, sub.others_ns) : 0);
+  const int slot = sub.lane->acquire(wait == Wait::block ? std::min(deadline, sub.others_ns) : 0);
   if (slot < 0) return slot == -2 ? Status::transport : Status::overloaded;
   std::byte* frame = sub.lane->request(uint32_t(slot));
   scratch.routed.encode(chunk.chunk, sub.asked, frame);

@@ -17,7 +17,7 @@ struct LookupClient::Subrequest {
   int slot = -1;
   Status status = Status::ok;
   bool settled = false;
-  bool held = false;            // not sent yet: the window has no room
+  bool held = false;            // not sent yet: the window has no room, or the sidecar no slot
   uint64_t window_bytes = 0;    // taken from the window
   uint64_t sent_ns = 0;
   uint64_t others_ns = 0;  // when others are asked for what is missing then
@@ -77,6 +77,7 @@ struct LookupClient::Scratch {
   std::vector<std::vector<int32_t>> asks;  // per sidecar
   std::vector<int32_t> degraded;
   std::array<InFlight, kWindow> window;
+  size_t sent = 0, received = 0;  // chunks of the lookup under way; those between are in `window`
 };
 
 }  // namespace sidepool
