@@ -125,7 +125,13 @@ class Model:
         with contextlib.ExitStack() as stack:
             directory = self._directory / "served"
             server = stack.enter_context(
-                served(variants, least_batch=self._queries.least_batch, directory=directory, work_dir=self._args.work_dir)
+                served(
+                    variants,
+                    least_batch=self._queries.least_batch,
+                    limit_ms=self._limit.ms,
+                    directory=directory,
+                    work_dir=self._args.work_dir,
+                )
             )
             probes = {
                 name: stack.enter_context(
@@ -233,7 +239,7 @@ class Model:
         if not rate:
             return {"skipped": "neither the monolithic model nor the tuned one meets its limit at any rate"}
         latencies: dict[str, list[dict[str, float]]] = {name: [] for name in probes}
-        energy: dict[str, Any] = {}
+        energy: dict[str, Any] = {}  # by source: by system, or why there is none
         before = snapshot(server, TUNED)
         for _ in range(FIXED_TURNS):
             for name, (probe, _) in probes.items():
@@ -241,10 +247,13 @@ class Model:
                 result = probe.load(rate, slo_ms=self._limit.ms, seconds=FIXED_S * self._scale + 1)
                 ended = read_energy()
                 latencies[name].append({f"p{p}_ms": round(result.percentile_ms(p), 3) for p in (50, 95, 99)})
-                if isinstance(begun, Energy) and isinstance(ended, Energy):
-                    energy[name] = round(begun.joules_until(ended) / max(result.scheduled, 1), 3)
-                else:
-                    energy["unknown"] = begun if isinstance(begun, str) else ended
+                for source, before_energy in begun.items():
+                    after_energy = ended[source]
+                    if isinstance(before_energy, Energy) and isinstance(after_energy, Energy):
+                        joules = before_energy.joules_until(after_energy)
+                        energy.setdefault(source, {})[name] = round(joules / max(result.scheduled, 1), 3)
+                    else:
+                        energy[source] = before_energy if isinstance(before_energy, str) else after_energy
         stages = asdict(between(before, snapshot(server, TUNED)))
         return {"qps": round(rate, 2), "latencies": _of_all(latencies), "joules_per_request": energy, "tuned_stages": stages}
 

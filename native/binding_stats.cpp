@@ -64,7 +64,7 @@ nb::dict server_stats(SidecarServer& server) {
     for (size_t s = 0; s < kStatusCount; ++s) statuses[s] += direct.counters.statuses[s].get();
     if (direct.lane.received.get() > 0)
       lane_stats.push_back({0, "grpc", -1, direct.lane.received.get(), direct.lane.sent.get(), direct.lane.request_bytes.get(),
-                            direct.lane.response_bytes.get(), 0, direct.counters.pool.sum_us() * 1000, 0, 0, 0, 0, 0});
+                            direct.lane.response_bytes.get(), 0, direct.counters.pool.sum_us() * 1000, 0, 0, 0, 0, 0, 0, 0});
   }
   pool.push_back(&direct.counters.pool);
   for (const LaneStats& l : lane_stats) {
@@ -80,6 +80,8 @@ nb::dict server_stats(SidecarServer& server) {
     e["busy_ns"] = l.busy_ns;
     e["queued"] = l.queued;
     e["queued_bytes"] = l.queued_bytes;
+    e["in_flight"] = l.in_flight;
+    e["leaving_bytes"] = l.leaving_bytes;
     e["grants"] = l.grants;
     e["grant_us"] = l.grant_us;
     e["late_bytes"] = l.late_bytes;

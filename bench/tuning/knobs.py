@@ -11,6 +11,10 @@ import yaml
 Steps = Mapping[str, tuple[int, ...]]
 """By knob: the values it may take, ascending."""
 
+# Of the limit, what a request may wait in Triton's queue. Under lasting overload whatever leaves the queue has waited that long:
+# the rest is for serving it. A longer queue would serve no more.
+QUEUE_SHARE = 0.5
+
 _RANKER = ("torch_threads", "workers", "split_samples", "spin_us")
 
 
@@ -22,7 +26,8 @@ class Knobs:
     """Triton's instances of the model: processes that answer different requests at once."""
     torch_threads: int = 1
     max_batch: int = 0
-    """What Triton merges at most, in its own unit: samples, or requests where ids are jagged. 0: nothing is merged."""
+    """What Triton merges at most, in its own unit: samples, or requests where ids are jagged. 0: nothing is merged; where requests
+    differ in samples, Triton then has no queue that refuses, so that only the baseline is served so."""
     delay_us: int = 0
     """How long a request waits in Triton for others."""
     workers: int = 1
@@ -57,8 +62,8 @@ class Queries:
 
     @property
     def merged(self) -> tuple[int, ...]:
-        """Values of `max_batch`: nothing merged, then from what the largest query has, or a few requests, on."""
-        return (0, 4, 16, 64) if self.jagged else (0, self.largest, 2 * self.largest, 4 * self.largest)
+        """Values of `max_batch`: from nothing merged, or what the largest query has, on."""
+        return (0, 4, 16, 64) if self.jagged else (self.largest, 2 * self.largest, 4 * self.largest)
 
 
 def static_baseline(cores: int, queries: Queries) -> Knobs:
@@ -68,11 +73,11 @@ def static_baseline(cores: int, queries: Queries) -> Knobs:
 
 def starting_points(cores: int, queries: Queries) -> list[Knobs]:
     """Where a climb begins: the baseline, queries side by side, and queries merged for one process that uses all cores."""
-    side_by_side = Knobs(instances=cores, engines=cores)
+    least = queries.merged[0]
     return [
-        static_baseline(cores, queries),
-        side_by_side,
-        Knobs(max_batch=queries.merged[2], workers=cores, split_samples=256 * queries.divisible),
+        replace(static_baseline(cores, queries), max_batch=least),
+        Knobs(instances=cores, engines=cores, max_batch=least),
+        Knobs(max_batch=queries.merged[-2], workers=cores, split_samples=256 * queries.divisible),
     ]
 
 
@@ -99,10 +104,10 @@ def neighbour(knobs: Knobs, name: str, ranges: Steps, upwards: bool) -> Knobs | 
     return replace(knobs, **{name: (min if upwards else max)(further)}) if further else None
 
 
-def triton_config(text: str, knobs: Knobs, *, name: str, least_batch: int, limit_ms: float = 0.0) -> str:
+def triton_config(text: str, knobs: Knobs, *, name: str, least_batch: int, limit_ms: float, online: bool = False) -> str:
     """`config.pbtxt` with these knobs and that name; everything else stays.
 
-    least_batch: of `max_batch_size`. limit_ms: what the ranker adjusts `split_samples` for while it serves; 0: it stays.
+    least_batch: of `max_batch_size`. limit_ms: what Triton's queue refuses for; online: and the ranker adjusts `split_samples` for.
     """
     from google.protobuf import text_format
     from tritonclient.grpc import model_config_pb2
@@ -113,12 +118,13 @@ def triton_config(text: str, knobs: Knobs, *, name: str, least_batch: int, limit
     if knobs.max_batch or least_batch == 1:
         # Batches of one merge nothing, and late requests are still refused in Triton's queue, which costs the ranker nothing.
         config.dynamic_batching.max_queue_delay_microseconds = knobs.settled().delay_us
+        config.dynamic_batching.default_queue_policy.default_timeout_microseconds = int(QUEUE_SHARE * limit_ms * 1000)
     else:
         config.ClearField("dynamic_batching")
     config.instance_group[0].count = knobs.instances
     for key in _RANKER:
         config.parameters[key].string_value = str(getattr(knobs, key))
-    if limit_ms:
+    if online:
         config.parameters["limit_ms"].string_value = f"{limit_ms:g}"
     return text_format.MessageToString(config)
 

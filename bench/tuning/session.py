@@ -49,7 +49,7 @@ def tune(args: argparse.Namespace) -> int:
     with stopped_by_signals():
         climb = job.climb(minutes=args.minutes, told=console.print)
         best = climb.run()
-    write_settings(args.model, out, best, least_batch=job.queries.least_batch, limit_ms=limit.ms if args.online else 0.0)
+    write_settings(args.model, out, best, least_batch=job.queries.least_batch, limit_ms=limit.ms, online=args.online)
     report = report_of(climb, limit)
     (out / "tune.json").write_text(json.dumps(about | report, indent=1) + "\n", encoding="utf-8")
     text = "\n".join(report_lines(climb, limit, args.model, out)) + "\n"
@@ -58,11 +58,11 @@ def tune(args: argparse.Namespace) -> int:
     return 0 if climb.best_score else 1
 
 
-def write_settings(artifact: Path, out: Path, knobs: Knobs, *, least_batch: int, limit_ms: float = 0.0) -> None:
+def write_settings(artifact: Path, out: Path, knobs: Knobs, *, least_batch: int, limit_ms: float, online: bool) -> None:
     """The artifact's `config.pbtxt` and `sidecar.yaml` files with these knobs, at the same places below `out`."""
     model = model_directory(artifact).parent
     text = (model / "config.pbtxt").read_text(encoding="utf-8")
-    text = triton_config(text, knobs, name=model.name, least_batch=least_batch, limit_ms=limit_ms)
+    text = triton_config(text, knobs, name=model.name, least_batch=least_batch, limit_ms=limit_ms, online=online)
     config = out / "model_repository" / model.name / "config.pbtxt"
     config.parent.mkdir(parents=True, exist_ok=True)
     config.write_text(text, encoding="utf-8")

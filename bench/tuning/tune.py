@@ -11,7 +11,7 @@ from typing import Any
 
 from sidepool.bench.traffic import Arrays
 from sidepool.bench.tuning.climb import GAIN, Climb
-from sidepool.bench.tuning.knobs import Knobs, Queries, Steps, starting_points, steps
+from sidepool.bench.tuning.knobs import QUEUE_SHARE, Knobs, Queries, Steps, starting_points, steps
 from sidepool.bench.tuning.probing import BUSY, IDLE, prober
 from sidepool.bench.tuning.rates import better_rate, highest_rate
 from sidepool.bench.tuning.variants import Variant, served
@@ -57,7 +57,11 @@ class Job:
         variant = Variant(knobs, self.model) if self.whole else Variant.of(self.model, knobs)
         with (
             served(
-                {NAME: variant}, least_batch=self.queries.least_batch, directory=self.directory / "trial", work_dir=self.work_dir
+                {NAME: variant},
+                least_batch=self.queries.least_batch,
+                limit_ms=self.limit.ms,
+                directory=self.directory / "trial",
+                work_dir=self.work_dir,
             ) as server,
             prober(server.grpc, NAME, self.requests, seed=self.seed, scale=self.scale, shared_memory=self.shared_memory) as (
                 probe,
@@ -82,14 +86,14 @@ class Job:
             steps=ranges,
             score=self.score,
             state=self.directory / "climb.json",
-            about=self.about | {"limit": str(self.limit)},
+            about=self.about | {"limit": str(self.limit), "queue": QUEUE_SHARE},
             may_go_on=lambda: time.monotonic() - begin < 60 * minutes,
             told=told,
         )
 
 
 def _of_whole(starts: Sequence[Knobs], ranges: Steps) -> tuple[list[Knobs], Steps]:
-    plain = Knobs()
+    plain = Knobs(max_batch=ranges["max_batch"][0])
     kept = [replace(plain, **{name: getattr(start, name) for name in WHOLE_KNOBS}) for start in starts]
     most = max(ranges["torch_threads"])
     return [*kept, replace(plain, torch_threads=most)], {name: ranges[name] for name in WHOLE_KNOBS}

@@ -36,11 +36,13 @@ class Variant:
 
 
 @contextlib.contextmanager
-def served(variants: Mapping[str, Variant], *, least_batch: int, directory: Path, work_dir: Path) -> Iterator[TritonServer]:
+def served(
+    variants: Mapping[str, Variant], *, least_batch: int, limit_ms: float, directory: Path, work_dir: Path
+) -> Iterator[TritonServer]:
     """Serve `variants` under their names from copies in `directory` (replaced); files are linked, ports are this machine's.
 
-    least_batch: of Triton's `max_batch_size`. work_dir: keeps the Triton installation; logs lie in `directory`.
-    Raises `TransportError` where something does not start.
+    least_batch: of Triton's `max_batch_size`. limit_ms: of all of them. work_dir: keeps the Triton installation. Logs lie in
+    `directory`. Raises `TransportError` where something does not start.
     """
     shutil.rmtree(directory, ignore_errors=True)
     repository, logs = directory / "repository", directory / "logs"
@@ -48,7 +50,8 @@ def served(variants: Mapping[str, Variant], *, least_batch: int, directory: Path
         for name, variant in variants.items():
             _copy(variant.model, repository / name)
             text = (variant.model / "config.pbtxt").read_text(encoding="utf-8")
-            _replace(repository / name / "config.pbtxt", triton_config(text, variant.knobs, name=name, least_batch=least_batch))
+            config = triton_config(text, variant.knobs, name=name, least_batch=least_batch, limit_ms=limit_ms)
+            _replace(repository / name / "config.pbtxt", config)
             if variant.artifact is not None:
                 plan = repository / name / "1" / PLAN_FILE
                 configs = _copy_sidecars(variant.artifact, variant.knobs, directory / name, plan)

@@ -104,6 +104,7 @@ class RdmaServerLane final : public ServerLane, public RdmaPeer {
       slots.push_back(slot);
       counters_.received.add();
       counters_.request_bytes.add(int64_t(frame_bytes_[slot]));
+      counters_.in_flight.add();
     }
     return true;
   }
@@ -180,6 +181,7 @@ class RdmaServerLane final : public ServerLane, public RdmaPeer {
 
   void queue(RdmaKind kind, size_t end) {
     pieces_[tail_++ % pieces_.size()] = {{kind, slot_, done_}, queued_, end};
+    counters_.leaving_bytes.add(int64_t(end - queued_));
     queued_ = end;
     if (!send_queued()) {
       counters_.credit_waits.add();
@@ -201,6 +203,8 @@ class RdmaServerLane final : public ServerLane, public RdmaPeer {
            piece.immediate);
       // Only now may the ranker use the slot again.
       if (last) busy_ &= ~(1ull << slot);
+      counters_.in_flight.add(-int64_t(last));
+      counters_.leaving_bytes.add(-int64_t(bytes));
     }
     return true;
   }

@@ -441,7 +441,8 @@ std::vector<LaneStats> SidecarServer::lane_stats() const {
   std::map<std::string, LaneCounters> dropped;
   const auto push = [&](uint64_t id, const std::string& kind, int engine, const LaneCounters& c) {
     all.push_back({id, kind, engine, c.received.get(), c.sent.get(), c.request_bytes.get(), c.response_bytes.get(), c.credit_waits.get(),
-                   c.busy_ns.get(), c.queued.get(), c.queued_bytes.get(), c.grants.get(), c.grant_us.get(), c.late_bytes.get()});
+                   c.busy_ns.get(), c.queued.get(), c.queued_bytes.get(), c.in_flight.get(), c.leaving_bytes.get(),
+                   c.grants.get(), c.grant_us.get(), c.late_bytes.get()});
   };
   for (size_t e = 0; e < engines_.size(); ++e)
     engines_[e]->read_lanes([&](uint64_t id, const std::string& kind, bool live, const LaneCounters& c) {

@@ -18,7 +18,7 @@ struct LaneStats {
   uint64_t id;  // 0: a sum
   std::string kind;
   int engine;  // -1: the sum over lanes that have gone
-  int64_t received, sent, request_bytes, response_bytes, credit_waits, busy_ns, queued, queued_bytes;
+  int64_t received, sent, request_bytes, response_bytes, credit_waits, busy_ns, queued, queued_bytes, in_flight, leaving_bytes;
   int64_t grants, grant_us, late_bytes;
 };
 

@@ -20,6 +20,8 @@ struct LaneCounters {
   Counter received, sent, request_bytes, response_bytes, credit_waits, busy_ns;
   Counter grants, grant_us;  // tcp, peers of this host: grants that came, and the time from being due to being seen
   Counter queued, queued_bytes;  // requests waiting at this moment
+  Counter in_flight;             // and those that are not answered in full: waiting, being served, or
+  Counter leaving_bytes;         // with so many bytes of responses that wait for credit or room
   Counter late_bytes;            // of responses that stayed here: their deadlines passed while they waited to leave
   void add(const LaneCounters& other) {
     received.add(other.received.get());

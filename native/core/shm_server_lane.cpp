@@ -45,6 +45,7 @@ class ShmServerLane final : public ServerLane {
       slots.push_back(slot);
       counters_.received.add();
       counters_.request_bytes.add(int64_t(header.frame_bytes));
+      counters_.in_flight.add();
     }
     return true;
   }
@@ -79,6 +80,7 @@ class ShmServerLane final : public ServerLane {
     SlotControl& control = header_->control[slot_];
     busy_ &= ~(1ull << slot_);
     counters_.sent.add();
+    counters_.in_flight.add(-1);
     counters_.response_bytes.add(int64_t(header.frame_bytes));
     control.word.store(kSlotDone | done_, std::memory_order_seq_cst);
     if (control.waiting.load(std::memory_order_seq_cst) != 0) futex_wake(control.word, 1, Waiters::anywhere);

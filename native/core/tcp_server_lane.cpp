@@ -74,6 +74,7 @@ class TcpServerLane final : public ServerLane {
         busy_ |= 1ull << incoming_.slot;
         slots.push_back(incoming_.slot);
         counters_.received.add();
+        counters_.in_flight.add();
         counters_.request_bytes.add(int64_t(received_));
         received_ = 0;
         ++frames;
@@ -162,6 +163,7 @@ class TcpServerLane final : public ServerLane {
     first_ = done_;
     flushed_ = ready_;
     counters_.response_bytes.add(int64_t(piece.header.frame_bytes));
+    counters_.leaving_bytes.add(int64_t(piece.header.frame_bytes));
     flush();
   }
 
@@ -185,6 +187,7 @@ class TcpServerLane final : public ServerLane {
   void let_go(Piece& piece) {
     counters_.late_bytes.add(int64_t(piece.payload_bytes));
     counters_.response_bytes.add(-int64_t(piece.payload_bytes));
+    counters_.leaving_bytes.add(-int64_t(piece.payload_bytes));
     piece.payload_bytes = 0;
     piece.header.count = 0;
     piece.header.status = int32_t(Status::deadline);
@@ -215,6 +218,7 @@ class TcpServerLane final : public ServerLane {
       Piece& piece = pieces_[head_ % pieces_.size()];
       if (!piece.paid && now_ns() > piece.deadline_ns) let_go(piece);
       if (piece.payload_bytes == 0 && (piece.header.flags & kLastPiece) == 0) {
+        counters_.leaving_bytes.add(-int64_t(piece.header.frame_bytes));
         ++head_;
         continue;
       }
@@ -242,7 +246,11 @@ class TcpServerLane final : public ServerLane {
       piece.sent += size_t(n);
       if (piece.sent < piece.header.frame_bytes) continue;
       // Only now may the ranker use the slot again: what waits to be sent stays bounded by its credits.
-      if (piece.header.flags & kLastPiece) busy_ &= ~(1ull << piece.header.slot);
+      if (piece.header.flags & kLastPiece) {
+        busy_ &= ~(1ull << piece.header.slot);
+        counters_.in_flight.add(-1);
+      }
+      counters_.leaving_bytes.add(-int64_t(piece.header.frame_bytes));
       ++head_;
     }
   }

@@ -129,6 +129,8 @@ def test_a_slow_ranker_gets_what_it_granted_and_the_rest_with_a_later_grant(dedi
         ranker.assert_silent()
         (lane,) = server.stats()["lanes"]
         assert (lane["received"], lane["credit_waits"]) == (SLOTS - 1, 1)
+        left = SLOTS - 1 - fits
+        assert (lane["queued"], lane["in_flight"], lane["leaving_bytes"]) == (0, left, left * RESPONSE_BYTES)
         # Limits only rise: an older one is no grant. One that never came is made good by a later one.
         for limit in (0, 1, WINDOW):
             ranker.grant(limit)
@@ -140,6 +142,8 @@ def test_a_slow_ranker_gets_what_it_granted_and_the_rest_with_a_later_grant(dedi
         rest += [ranker.answer() for _ in range(SLOTS - 2 - fits)]
         assert sorted(first + rest) == [(number, 0, RESPONSE_BYTES) for number in range(1, SLOTS)]
         assert server.in_flight() == 0
+        (lane,) = server.stats()["lanes"]
+        assert (lane["in_flight"], lane["leaving_bytes"]) == (0, 0)
 
 
 def test_a_lane_that_waits_for_credit_costs_no_processor_time(dedicated: bool) -> None:

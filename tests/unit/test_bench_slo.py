@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from sidepool.bench import slo
-from sidepool.bench.energy import Energy, read_energy
+from sidepool.bench.energy import Energy, read_gpus, read_packages
 from sidepool.bench.load import LoadResult, Schedule
 from sidepool.bench.slo_overload import figures
 from sidepool.bench.slo_report import plot, summary
@@ -80,16 +80,25 @@ def test_an_overload_counts_answers_in_time_and_the_last_miss_after_it() -> None
 
 
 def test_energy_is_read_from_packages_whose_counters_wrap_or_the_reason_is_said(tmp_path: Path) -> None:
-    assert "no package" in str(read_energy(tmp_path))
+    assert "no package" in str(read_packages(tmp_path))
     for name, used in (("intel-rapl:0", 900), ("intel-rapl:0:0", 5), ("intel-rapl:1", 100)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "energy_uj").write_text(f"{used}\n")
         (tmp_path / name / "max_energy_range_uj").write_text("999\n")
-    before = read_energy(tmp_path)
+    before = read_packages(tmp_path)
     (tmp_path / "intel-rapl:0" / "energy_uj").write_text("100\n")
-    after = read_energy(tmp_path)
+    after = read_packages(tmp_path)
     assert isinstance(before, Energy)
     assert isinstance(after, Energy)
     assert before.joules_until(after) == pytest.approx(200e-6)
     (tmp_path / "intel-rapl:1" / "energy_uj").unlink()
-    assert "cannot be read" in str(read_energy(tmp_path))
+    assert "cannot be read" in str(read_packages(tmp_path))
+
+
+def test_energy_of_gpus_is_read_from_their_driver_or_the_reason_is_said() -> None:
+    before, after = read_gpus(), read_gpus()
+    if isinstance(before, str):  # no driver here
+        assert before.startswith("no NVML: ")
+    else:
+        assert isinstance(after, Energy)
+        assert 0 <= before.joules_until(after) < 1e6

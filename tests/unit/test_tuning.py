@@ -114,15 +114,19 @@ def test_searches_take_turns_and_what_meets_its_limit_nowhere_is_zero() -> None:
 def test_settings_are_written_where_triton_and_a_sidecar_read_them() -> None:
     text = 'name: "m"\nmax_batch_size: 512\ndynamic_batching { max_queue_delay_microseconds: 0 }\n'
     text += 'instance_group [ { count: 1 kind: KIND_CPU } ]\nparameters { key: "lane" value { string_value: "shm" } }\n'
-    merged = text_format.Parse(triton_config(text, PEAK, name="n", least_batch=1000, limit_ms=50), model_config_pb2.ModelConfig())
+    config = triton_config(text, PEAK, name="n", least_batch=1000, limit_ms=50, online=True)
+    merged = text_format.Parse(config, model_config_pb2.ModelConfig())
     assert (merged.name, merged.max_batch_size, merged.instance_group[0].count) == ("n", 2000, 2)
     parameters = {key: value.string_value for key, value in merged.parameters.items()}
     ranker = {"torch_threads": "1", "workers": "3", "split_samples": "128", "spin_us": "50", "limit_ms": "50"}
     assert parameters == {"lane": "shm", **ranker}
+    queue = merged.dynamic_batching.default_queue_policy
+    assert (queue.default_timeout_microseconds, queue.TimeoutAction.Name(queue.timeout_action)) == (25_000, "REJECT")
     for least, has_queue in ((7, False), (1, True)):
-        config = triton_config(text, replace(PEAK, max_batch=0), name="n", least_batch=least)
+        config = triton_config(text, replace(PEAK, max_batch=0), name="n", least_batch=least, limit_ms=50)
         alone = text_format.Parse(config, model_config_pb2.ModelConfig())
         assert (alone.max_batch_size, alone.HasField("dynamic_batching")) == (least, has_queue)
+        assert "limit_ms" not in alone.parameters
     sidecar = "name: s\nlisten: {grpc: '10.0.0.7:50151', tcp: '10.0.0.7:0', unix: null}\n"
     assert yaml.safe_load(sidecar_config(sidecar, PEAK)) == {**yaml.safe_load(sidecar), "engines": 2, "spin_us": 50}
     assert yaml.safe_load(sidecar_config(sidecar, PEAK, "127.0.0.1:5"))["listen"] == {
@@ -140,7 +144,7 @@ def test_the_static_baseline_splits_the_largest_query_evenly_over_the_cores() ->
 
 
 def test_triton_merges_samples_or_requests_and_takes_at_least_the_largest_query() -> None:
-    assert (QUERIES.least_batch, QUERIES.merged) == (1000, (0, 1000, 2000, 4000))
+    assert (QUERIES.least_batch, QUERIES.merged) == (1000, (1000, 2000, 4000))
     assert (Queries(9, jagged=True).least_batch, Queries(9, jagged=True).merged[0]) == (1, 0)
 
 
