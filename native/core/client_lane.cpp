@@ -97,7 +97,7 @@ uint32_t ClientLane::wait(uint32_t slot, uint32_t seen, uint64_t deadline_ns, ui
     if ((word & kSlotDone) || (word & kSlotProgress) > seen) {
       if (word & kSlotDone) counters_.received.fetch_add(1, std::memory_order_relaxed);
       if (slept) {
-        ++vain;
+        vain += spin_ns != 0;
       } else if (now != start) {
         vain = 0;
       }

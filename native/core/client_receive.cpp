@@ -65,11 +65,12 @@ bool LookupClient::receive_some(Scratch& scratch, InFlight& chunk, Subrequest& s
                                 LookupResult& result) {
   const uint32_t slot = uint32_t(sub.slot), legs = uint32_t(sub.asked.legs.size());
   const std::byte* payload = sub.lane->response(slot) + sizeof(ResponseHeader);
-  const uint64_t turned = now_ns();
+  // Who waits in turns for something to become free lets those have the processor whom it waits for.
+  const uint64_t turned = now_ns(), spin_ns = chunk.held > 0 ? 0 : spin_ns_;
   for (;;) {
     const uint64_t waiting = now_ns();
     Status status;
-    const uint32_t word = sub.lane->wait(slot, sub.merged, until, spin_ns_, status);
+    const uint32_t word = sub.lane->wait(slot, sub.merged, until, spin_ns, status);
     const uint64_t seen = now_ns();
     result.times.wait += int64_t(seen - waiting);
     if (status == Status::deadline) return false;
