@@ -26,8 +26,7 @@ class Knobs:
     """Triton's instances of the model: processes that answer different requests at once."""
     torch_threads: int = 1
     max_batch: int = 0
-    """What Triton merges at most, in its own unit: samples, or requests where ids are jagged. 0: nothing is merged; where requests
-    differ in samples, Triton then has no queue that refuses, so that only the baseline is served so."""
+    """What Triton merges at most, in its own unit: samples, or requests where ids are jagged. 0: nothing is merged."""
     delay_us: int = 0
     """How long a request waits in Triton for others."""
     workers: int = 1
@@ -62,8 +61,8 @@ class Queries:
 
     @property
     def merged(self) -> tuple[int, ...]:
-        """Values of `max_batch`: from nothing merged, or what the largest query has, on."""
-        return (0, 4, 16, 64) if self.jagged else (self.largest, 2 * self.largest, 4 * self.largest)
+        """Values of `max_batch`: nothing merged, then from what the largest query has, or a few requests, on."""
+        return (0, 4, 16, 64) if self.jagged else (0, self.largest, 2 * self.largest, 4 * self.largest)
 
 
 def static_baseline(cores: int, queries: Queries) -> Knobs:
@@ -72,12 +71,11 @@ def static_baseline(cores: int, queries: Queries) -> Knobs:
 
 
 def starting_points(cores: int, queries: Queries) -> list[Knobs]:
-    """Where a climb begins: the baseline, queries side by side, and queries merged for one process that uses all cores."""
-    least = queries.merged[0]
+    """Where a climb begins: the baseline, queries side by side, and more of them merged for one process that uses all cores."""
     return [
-        replace(static_baseline(cores, queries), max_batch=least),
-        Knobs(instances=cores, engines=cores, max_batch=least),
-        Knobs(max_batch=queries.merged[-2], workers=cores, split_samples=256 * queries.divisible),
+        static_baseline(cores, queries),
+        Knobs(instances=cores, engines=cores, max_batch=queries.merged[1]),
+        Knobs(max_batch=queries.merged[2], workers=cores, split_samples=256 * queries.divisible),
     ]
 
 
@@ -115,12 +113,11 @@ def triton_config(text: str, knobs: Knobs, *, name: str, least_batch: int, limit
     config = text_format.Parse(text, model_config_pb2.ModelConfig())
     config.name = name
     config.max_batch_size = max(least_batch, knobs.max_batch)
-    if knobs.max_batch or least_batch == 1:
-        # Batches of one merge nothing, and late requests are still refused in Triton's queue, which costs the ranker nothing.
-        config.dynamic_batching.max_queue_delay_microseconds = knobs.settled().delay_us
-        config.dynamic_batching.default_queue_policy.default_timeout_microseconds = int(QUEUE_SHARE * limit_ms * 1000)
-    else:
-        config.ClearField("dynamic_batching")
+    batching = config.dynamic_batching  # also where nothing is merged: Triton's plain queue refuses nothing, however late
+    batching.max_queue_delay_microseconds = knobs.settled().delay_us
+    batching.default_queue_policy.default_timeout_microseconds = int(QUEUE_SHARE * limit_ms * 1000)
+    # A batch that has begun takes nothing that would make it larger than every preferred size.
+    batching.preferred_batch_size[:] = [] if knobs.max_batch else [1]
     config.instance_group[0].count = knobs.instances
     for key in _RANKER:
         config.parameters[key].string_value = str(getattr(knobs, key))

@@ -93,7 +93,7 @@ class Job:
 
 
 def _of_whole(starts: Sequence[Knobs], ranges: Steps) -> tuple[list[Knobs], Steps]:
-    plain = Knobs(max_batch=ranges["max_batch"][0])
+    plain = Knobs()
     kept = [replace(plain, **{name: getattr(start, name) for name in WHOLE_KNOBS}) for start in starts]
     most = max(ranges["torch_threads"])
     return [*kept, replace(plain, torch_threads=most)], {name: ranges[name] for name in WHOLE_KNOBS}

@@ -122,10 +122,11 @@ def test_settings_are_written_where_triton_and_a_sidecar_read_them() -> None:
     assert parameters == {"lane": "shm", **ranker}
     queue = merged.dynamic_batching.default_queue_policy
     assert (queue.default_timeout_microseconds, queue.TimeoutAction.Name(queue.timeout_action)) == (25_000, "REJECT")
-    for least, has_queue in ((7, False), (1, True)):
+    assert not merged.dynamic_batching.preferred_batch_size
+    for least in (7, 1):
         config = triton_config(text, replace(PEAK, max_batch=0), name="n", least_batch=least, limit_ms=50)
         alone = text_format.Parse(config, model_config_pb2.ModelConfig())
-        assert (alone.max_batch_size, alone.HasField("dynamic_batching")) == (least, has_queue)
+        assert (alone.max_batch_size, list(alone.dynamic_batching.preferred_batch_size)) == (least, [1])
         assert "limit_ms" not in alone.parameters
     sidecar = "name: s\nlisten: {grpc: '10.0.0.7:50151', tcp: '10.0.0.7:0', unix: null}\n"
     assert yaml.safe_load(sidecar_config(sidecar, PEAK)) == {**yaml.safe_load(sidecar), "engines": 2, "spin_us": 50}
@@ -144,7 +145,7 @@ def test_the_static_baseline_splits_the_largest_query_evenly_over_the_cores() ->
 
 
 def test_triton_merges_samples_or_requests_and_takes_at_least_the_largest_query() -> None:
-    assert (QUERIES.least_batch, QUERIES.merged) == (1000, (1000, 2000, 4000))
+    assert (QUERIES.least_batch, QUERIES.merged) == (1000, (0, 1000, 2000, 4000))
     assert (Queries(9, jagged=True).least_batch, Queries(9, jagged=True).merged[0]) == (1, 0)
 
 
