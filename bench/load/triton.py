@@ -27,6 +27,8 @@ CONNECTIONS = 1
 MEMORY_BYTES = 1 << 30
 # Loading a model's first request may compile things.
 FIRST_ANSWER_S = 60.0
+# How often a request is sent before the load: a queue that refuses what is late may do so while the machine stalls for a moment.
+FIRST_ATTEMPTS = 20
 
 # The ranker's parameter for an absolute deadline; what stands for it in a message until it is sent: a time in the year 3000, which
 # takes as many bytes as any other.
@@ -163,10 +165,14 @@ class TritonTarget(GrpcTarget):
             infer = service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer
 
             def ask(message: Any) -> Any:
-                try:
-                    return infer(message, timeout=FIRST_ANSWER_S)
-                except grpc.RpcError as e:
-                    raise TransportError(f"Triton at {address}, model {self._model!r}: {e.code().name}: {e.details()}") from e
+                for left in reversed(range(FIRST_ATTEMPTS)):
+                    try:
+                        return infer(message, timeout=FIRST_ANSWER_S)
+                    except grpc.RpcError as e:
+                        if e.code() is not grpc.StatusCode.UNAVAILABLE or not left:
+                            what = f"{e.code().name}: {e.details()}"
+                            raise TransportError(f"Triton at {address}, model {self._model!r}: {what}") from e
+                return None
 
             if not self._shared:
                 ask(encoded[0])

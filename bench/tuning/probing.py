@@ -7,11 +7,12 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from tritonclient.utils import InferenceServerException
+
 from sidepool.bench.load import LoadResult, make_schedule, run_load
 from sidepool.bench.load.arrivals import poisson
-from sidepool.bench.load.triton import TritonTarget
+from sidepool.bench.load.triton import FIRST_ATTEMPTS, TritonTarget
 from sidepool.bench.traffic import Arrays, Caller, infer_inputs
-from sidepool.wire.errors import TransportError
 
 # Seconds of one load: enough requests for a 95th percentile, but no longer than a climb can afford.
 REQUESTS, LEAST_S, MOST_S = 300, 3.0, 10.0
@@ -22,8 +23,6 @@ BUSY, IDLE = 0.6, 0.05
 NARROW = 0.1
 # Requests sent one after another before the first load: the first ones meet code that is not loaded and memory not touched.
 WARMING = 6
-# How often such a request is sent: Triton's queue may refuse one while the machine stalls for a moment.
-ATTEMPTS = 20
 
 
 class Prober:
@@ -58,11 +57,11 @@ class Prober:
 
 def _seconds(caller: Caller, inputs: list[Any]) -> float:
     """What one request takes that is answered."""
-    for left in reversed(range(ATTEMPTS)):
+    for left in reversed(range(FIRST_ATTEMPTS)):
         began = time.perf_counter()
         try:
             caller.infer(inputs)
-        except TransportError:
+        except InferenceServerException:
             if not left:
                 raise
         else:
