@@ -15,7 +15,7 @@
 
 namespace sidepool {
 
-class ClientLane {
+class alignas(kCacheLine) ClientLane {
  public:
   explicit ClientLane(const LaneLimits& limits);
   virtual ~ClientLane() = default;
@@ -70,7 +70,7 @@ class ClientLane {
   const Counters& counters() const { return counters_; }
 
  protected:
-  struct SlotState {
+  struct alignas(kCacheLine) SlotState {
     std::atomic<uint64_t> lookup_id{0};
     std::vector<size_t> offsets;  // capacity grows to the widest lookup, then stays
     uint32_t vain = 0;            // waits in a row that spinning did not cover; of whoever owns the slot

@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <memory>
 
+#include "lines.hpp"
+
 namespace sidepool {
 
 // A count with a single writer: a plain load and store, no locked instruction.
@@ -23,7 +25,7 @@ class Counter {
 class TopRows;
 using TableSums = std::array<int64_t, 5>;
 
-struct TableCounters {
+struct alignas(kCacheLine) TableCounters {
   Counter lookups, rows, bytes, out_of_range, bags;
   std::shared_ptr<TopRows> top;  // null: not sampled
   void add(const TableCounters& other) {

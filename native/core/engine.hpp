@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "board.hpp"
+#include "lines.hpp"
 #include "rdma.hpp"
 #include "work_queue.hpp"
 
@@ -59,7 +60,7 @@ struct EngineCounters {
 class Engine;
 
 // A lane and what its engine knows of it. On lines of its own: it is small, and the next one may be another engine's.
-struct alignas(64) EngineLane {
+struct alignas(kCacheLine) EngineLane {
   std::unique_ptr<ServerLane> lane;
   bool dead = false;
   bool writing = false;  // something waits to leave
@@ -70,7 +71,7 @@ struct alignas(64) EngineLane {
   bool just_moved = false;
 };
 
-class Engine {
+class alignas(kCacheLine) Engine {
  public:
   // `seat` is this engine's place on the board, which outlives it. `cpus`: where the thread may run; empty: anywhere.
   Engine(Published& published, Board& board, size_t seat, uint32_t spin_us, const std::vector<int>& cpus, Order order = Order::edf);
@@ -170,7 +171,7 @@ class Engine {
   int moving_ = 0;        // lanes with a target
   int stream_lanes_ = 0;  // lanes that only their socket can announce
   WorkQueue queue_;
-  std::vector<uint32_t> arrived_;
+  LineVector<uint32_t> arrived_;
   ParsedRequest parsed_;
   std::shared_ptr<const TableSet> tables_, previous_;
   uint64_t tables_version_ = 0;

@@ -7,6 +7,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "lines.hpp"
 #include "tables.hpp"
 
 namespace sidepool {
@@ -158,7 +159,7 @@ RequestLayout request_layout(size_t features, size_t length_count, size_t value_
 // frame, which a peer may go on writing: pool_feature reads each word once.
 struct ParsedRequest {
   RequestHeader header;
-  std::vector<FeatureEntry> entries;
+  LineVector<FeatureEntry> entries;
   const int32_t* lengths = nullptr;
   const int64_t* values = nullptr;
   const float* weights = nullptr;

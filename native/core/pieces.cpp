@@ -22,7 +22,7 @@ PoolTask part_of(const PoolTask& whole, const Range& range) {
 
 }  // namespace
 
-void cut(const PoolTask& whole, uint32_t entry, int64_t values, std::vector<PoolTask>& tasks, std::vector<TaskPart>& parts) {
+void cut(const PoolTask& whole, uint32_t entry, int64_t values, LineVector<PoolTask>& tasks, LineVector<TaskPart>& parts) {
   Range range{0, 0, 0, 0};
   // What is left beyond a cut should be worth a task of its own.
   if (whole.value_count >= 2 * values) {
@@ -46,7 +46,7 @@ void cut(const PoolTask& whole, uint32_t entry, int64_t values, std::vector<Pool
   parts.push_back({entry, range.first_bag, true});
 }
 
-void group(const std::vector<PoolTask>& tasks, int64_t values, std::vector<Piece>& pieces) {
+void group(const LineVector<PoolTask>& tasks, int64_t values, LineVector<Piece>& pieces) {
   uint32_t first = 0;
   int64_t sum = 0;
   for (uint32_t i = 0; i < tasks.size(); ++i) {

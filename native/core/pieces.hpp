@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "board.hpp"
+#include "lines.hpp"
 #include "pooling.hpp"
 
 namespace sidepool {
@@ -19,9 +20,9 @@ struct TaskPart {
 // more. A bag is never split, so every sum keeps its order. Lengths are read once each and only to find the cuts: every task
 // has its own range of values, which pooling checks its lengths against again. Where lengths are wrong the rest of the
 // feature stays in one task, whose pooling refuses them as it would refuse the whole.
-void cut(const PoolTask& whole, uint32_t entry, int64_t values, std::vector<PoolTask>& tasks, std::vector<TaskPart>& parts);
+void cut(const PoolTask& whole, uint32_t entry, int64_t values, LineVector<PoolTask>& tasks, LineVector<TaskPart>& parts);
 
 // Appends pieces of about `values` ids: consecutive tasks, small ones together.
-void group(const std::vector<PoolTask>& tasks, int64_t values, std::vector<Piece>& pieces);
+void group(const LineVector<PoolTask>& tasks, int64_t values, LineVector<Piece>& pieces);
 
 }  // namespace sidepool

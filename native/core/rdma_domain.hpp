@@ -25,7 +25,7 @@ class QueueOwner {
   virtual bool resume() = 0;
 };
 
-class VerbsDomain final : public RdmaDomain, FailureListener {
+class alignas(kCacheLine) VerbsDomain final : public RdmaDomain, FailureListener {
  public:
   explicit VerbsDomain(std::shared_ptr<RdmaDevice> device);
   ~VerbsDomain() override;
@@ -95,15 +95,15 @@ class VerbsDomain final : public RdmaDomain, FailureListener {
   std::vector<Retired> discarded_;
   std::atomic<bool> any_mail_{false};
 
-  std::vector<RdmaQueue*> dirty_;
-  std::vector<QueueOwner*> owners_, waiting_, resumed_;
+  LineVector<RdmaQueue*> dirty_;
+  LineVector<QueueOwner*> owners_, waiting_, resumed_;
   std::vector<Retired> retired_;
   uint64_t next_tick_ns_ = 0, now_ = 0, post_ns_ = 0;
   uint32_t unacknowledged_ = 0;
 };
 
 // One queue pair. `receives` have no buffers: they only take immediates.
-class RdmaQueue {
+class alignas(kCacheLine) RdmaQueue {
  public:
   struct Depths {
     uint32_t sends, receives;
@@ -172,10 +172,10 @@ class RdmaQueue {
   QueueOwner* owner_ = nullptr;
   bool failed_ = false, dirty_ = false;
   const char* why_ = "";
-  std::vector<Early> early_;
-  std::vector<ibv_send_wr> sends_;
-  std::vector<ibv_sge> pieces_;
-  std::vector<ibv_recv_wr> receives_;
+  LineVector<Early> early_;
+  LineVector<ibv_send_wr> sends_;
+  LineVector<ibv_sge> pieces_;
+  LineVector<ibv_recv_wr> receives_;
   uint64_t posted_ = 0, completed_ = 0, progress_ns_ = 0;
   uint32_t chained_ = 0, consumed_ = 0, doorbells_in_round_ = 0;
 };

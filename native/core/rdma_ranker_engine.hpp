@@ -65,7 +65,7 @@ class RdmaClientLane final : public ClientLane, public RdmaPeer {
 // Sends: every slot's request, and what is not reaped yet.
 inline RdmaQueue::Depths ranker_depths(uint32_t slots) { return {slots + 32, receives_for(slots, true)}; }
 
-class RankerEngine {
+class alignas(kCacheLine) RankerEngine {
  public:
   RankerEngine(std::shared_ptr<RdmaDevice> device, uint32_t spin_us);
   ~RankerEngine() { stop(); }

@@ -83,7 +83,7 @@ class RdmaServerLane final : public ServerLane, public RdmaPeer {
     }
   }
 
-  bool collect(std::vector<uint32_t>& slots, bool) override {
+  bool collect(LineVector<uint32_t>& slots, bool) override {
     if (failed()) return false;
     for (uint64_t arrived = std::exchange(arrived_, 0); arrived != 0; arrived &= arrived - 1) {
       const uint32_t slot = uint32_t(std::countr_zero(arrived));
@@ -215,7 +215,7 @@ class RdmaServerLane final : public ServerLane, public RdmaPeer {
   RdmaKind step_ = RdmaKind::request;   // the last step of a move; `request`: none is under way
   uint64_t arrived_ = 0, busy_ = 0;  // slots with a new request; slots being answered
   size_t frame_bytes_[kMaxSlots] = {};
-  std::vector<Piece> pieces_;  // ring
+  LineVector<Piece> pieces_;  // ring
   size_t head_ = 0, tail_ = 0;
   uint32_t slot_ = 0, done_ = 0;
   size_t queued_ = 0, ready_ = 0;

@@ -65,11 +65,11 @@ void describe(ResponseHeader& header, const Fault& fault) {
 
 // What to pool and where it goes. The vectors keep their memory from lookup to lookup.
 struct Plan {
-  std::vector<PoolTask> features;  // one per feature of the request
-  std::vector<size_t> ends;        // bytes of the response up to the end of each feature
-  std::vector<PoolTask> tasks;     // the same, cut for sharing
-  std::vector<TaskPart> parts;         // what each of `tasks` is part of
-  std::vector<Piece> pieces;
+  LineVector<PoolTask> features;  // one per feature of the request
+  LineVector<size_t> ends;        // bytes of the response up to the end of each feature
+  LineVector<PoolTask> tasks;     // the same, cut for sharing
+  LineVector<TaskPart> parts;     // what each of `tasks` is part of
+  LineVector<Piece> pieces;
 };
 
 // Plans every feature of the request; refuses one that names features or sizes it must not.
@@ -140,7 +140,7 @@ class Settlement {
   TableCounters* counters_;
 };
 
-Fault pool_alone(std::vector<PoolTask>& tasks, Settlement& settlement) {
+Fault pool_alone(LineVector<PoolTask>& tasks, Settlement& settlement) {
   Lookahead ahead(tasks.data(), tasks.size());
   for (uint32_t i = 0; i < tasks.size(); ++i) {
     PoolCounts counts;

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "frames.hpp"
+#include "lines.hpp"
 #include "memory.hpp"
 #include "serve.hpp"
 
@@ -38,7 +39,7 @@ struct LaneCounters {
 
 class RdmaDomain;
 
-class ServerLane : public ResponseSink {
+class alignas(kCacheLine) ServerLane : public ResponseSink {
  public:
   ServerLane(const LaneLimits& limits, Fd socket) : limits_(limits), socket_(std::move(socket)) {}
 
@@ -64,7 +65,7 @@ class ServerLane : public ResponseSink {
 
   // Requests that have arrived since the last call: their slots are appended. False: the peer is gone or broke the
   // protocol, and the lane must be dropped. `readable` says that the socket has something to read.
-  virtual bool collect(std::vector<uint32_t>& slots, bool readable) = 0;
+  virtual bool collect(LineVector<uint32_t>& slots, bool readable) = 0;
   // Whether collect without a readable socket can find anything (memory the engine must poll).
   virtual bool polled() const = 0;
   virtual bool has_pending() const { return false; }

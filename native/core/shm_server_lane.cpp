@@ -23,7 +23,7 @@ class ShmServerLane final : public ServerLane {
   bool polled() const override { return true; }
   bool has_pending() const override { return header_->pending.load(std::memory_order_seq_cst) != 0; }
 
-  bool collect(std::vector<uint32_t>& slots, bool readable) override {
+  bool collect(LineVector<uint32_t>& slots, bool readable) override {
     if (readable) {
       // Nothing is ever sent on the socket after the handshake: it is there to tell when the peer is gone.
       char byte;

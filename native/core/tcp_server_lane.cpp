@@ -44,7 +44,7 @@ class TcpServerLane final : public ServerLane {
   int grants_fd() const override { return grants_.fd(); }
   bool take_grants() override { return read_grants() && writable(); }
 
-  bool collect(std::vector<uint32_t>& slots, bool readable) override {
+  bool collect(LineVector<uint32_t>& slots, bool readable) override {
     if (!readable) return true;
     // A few frames a turn, so that one busy lane cannot starve the others of its engine.
     for (int frames = 0; frames < 4;) {
@@ -265,7 +265,7 @@ class TcpServerLane final : public ServerLane {
   size_t received_ = 0;
   uint64_t busy_ = 0;
   bool alive_ = true;
-  std::vector<Piece> pieces_;  // ring
+  LineVector<Piece> pieces_;  // ring
   size_t head_ = 0, tail_ = 0;
   uint64_t deadline_ns_ = 0;
   uint64_t marks_read_ns_ = 0;

@@ -11,7 +11,7 @@ namespace sidepool {
 // Written by one thread, read by any. The summary is Metwally, Agrawal and El Abbadi's (ICDT 2005): a row that is not in it
 // takes the place of the least counted one and its count, so no row that makes up more than 1/kRows of the sample is
 // missing, and no count is too small.
-class TopRows {
+class alignas(kCacheLine) TopRows {
  public:
   // 64 rows find what takes more than 1.6 % of a table's ids; one in 61 ids is looked at (a prime, so that no batch size
   // shows it the same places only), which costs a third of a nanosecond per id.

@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "lines.hpp"
 #include "status.hpp"
 
 namespace sidepool {
@@ -89,7 +90,7 @@ class WorkQueue {
 
   const Order order_;
   uint64_t arrivals_ = 0, cost_ns_ = 0;
-  std::vector<Work> works_;  // heap
+  LineVector<Work> works_;  // heap
 };
 
 // How long a subrequest takes, learnt from what was answered: a fixed part, and one for every id (its row is read and added).

@@ -111,8 +111,8 @@ void pieces_give_the_same_bits() {
     for (int32_t k = 0; k < kResults; ++k) sum += whole[size_t(b * kResults + k)];
     CHECK(sum > kResults * (1 + float(b)) * 0.9999f && sum < kResults * (1 + float(b)) * 1.0001f);
   }
-  std::vector<PoolTask> tasks;
-  std::vector<TaskPart> parts;
+  LineVector<PoolTask> tasks;
+  LineVector<TaskPart> parts;
   cut(task_of(*tables, words, cut_up.data()), 0, 10 * kWords, tasks, parts);
   CHECK(tasks.size() > 10);
   std::vector<std::thread> threads;

@@ -5,6 +5,7 @@
 
 #include <atomic>
 #include <cstdlib>
+#include <new>
 #include <random>
 #include <set>
 #include <string>
@@ -23,8 +24,15 @@ __attribute__((noinline)) void* operator new(size_t n) {
   if (void* p = std::malloc(n)) return p;
   throw std::bad_alloc();
 }
+__attribute__((noinline)) void* operator new(size_t n, std::align_val_t alignment) {
+  allocations.fetch_add(1, std::memory_order_relaxed);
+  if (void* p = std::aligned_alloc(size_t(alignment), (n + size_t(alignment) - 1) / size_t(alignment) * size_t(alignment))) return p;
+  throw std::bad_alloc();
+}
 __attribute__((noinline)) void operator delete(void* p) noexcept { std::free(p); }
 __attribute__((noinline)) void operator delete(void* p, size_t) noexcept { std::free(p); }
+__attribute__((noinline)) void operator delete(void* p, std::align_val_t) noexcept { std::free(p); }
+__attribute__((noinline)) void operator delete(void* p, size_t, std::align_val_t) noexcept { std::free(p); }
 
 #ifndef __SANITIZE_THREAD__  // which has its own
 extern "C" int pthread_mutex_lock(pthread_mutex_t* mutex) {

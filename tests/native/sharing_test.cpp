@@ -244,9 +244,9 @@ void pieces_are_about_equal_and_cover_everything() {
   }
   whole.lengths = lengths.data();
   whole.batch = 1000;
-  std::vector<PoolTask> tasks;
-  std::vector<TaskPart> parts;
-  std::vector<Piece> pieces;
+  LineVector<PoolTask> tasks;
+  LineVector<TaskPart> parts;
+  LineVector<Piece> pieces;
   const int64_t wanted = 1500;
   cut(whole, 3, wanted, tasks, parts);
   group(tasks, wanted, pieces);

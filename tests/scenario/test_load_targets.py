@@ -57,7 +57,12 @@ def check(found: dict[str, Any]) -> None:
     assert 0 < latency["p50"] <= latency["p99"] <= latency["max"]
     histogram = HdrHistogram.decode(found["hdr"].encode())
     assert histogram.get_total_count() == found["scheduled"]
-    assert histogram.get_value_at_percentile(50) / 1e3 == pytest.approx(latency["p50"], rel=0.1)
+    # Half of what it holds on either side of the median, which may lie far from the nearest latency.
+    median_us, below, above = latency["p50"] * 1e3, 0, 0
+    for step in histogram.get_recorded_iterator():
+        below += step.count_added_in_this_iter_step * (step.value_iterated_to <= 1.01 * median_us)
+        above += step.count_added_in_this_iter_step * (step.value_iterated_to >= 0.99 * median_us)
+    assert min(below, above) >= found["scheduled"] / 2
     assert base64.b64decode(found["hdr"])
 
 
