@@ -30,7 +30,7 @@ test: setup ## lint, types, native tests under sanitizers, all Python tests
 	.ci/tests
 
 test-rdma: setup ## the verbs tests alone, in a SoftRoCE guest
-	$(BIN)/pytest tests/test_rdma_guest.py
+	$(BIN)/pytest --numprocesses 2 --dist worksteal tests/test_rdma_guest.py
 
 bench: setup ## latency and throughput beside a monolithic model
 	@$(BIN)/sidepool bench serve --json build/bench/serve.json
